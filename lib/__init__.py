@@ -1,0 +1,1 @@
+"""Helper library of the emergent-misalignment study; each module has one concern."""
