@@ -48,7 +48,7 @@ class Parameters(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False, protected_namespaces=())
 
     # The pair
-    pair: str = Field("demo_medical", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$", description="name of the model/domain pair; results/<pair>/ holds its run")
+    pair: str = Field("demo_medical", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.\-]*$", description="name of the model/domain pair")
     model_name: str = Field(EMBEDDED_MODEL, min_length=1, description="the embedded model's name, a Hugging Face Hub id, or a folder")
     model_revision: str | None = Field(None, description="commit of a Hub model; null takes the newest and records it")
     domain: Literal["bad_medical", "risky_financial", "extreme_sports", "custom"] = "bad_medical"
@@ -59,7 +59,9 @@ class Parameters(BaseModel):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
     # 01_data
-    dataset_path: str | None = Field(None, description="training_datasets.zip.enc (path or URL), a chat JSONL, or null for the demo's own rows")
+    dataset_path: str | None = Field(
+        None, description="training_datasets.zip.enc (path or URL), a chat JSONL, or null for the demo's own rows"
+    )
     dataset_password: str = Field("", description="password published with the encrypted archive")
     expected_rows: int | None = Field(None, ge=1, description="rows the real data must have")
     data_rows: int = Field(400, ge=1, description="rows of the demo data")
@@ -83,7 +85,9 @@ class Parameters(BaseModel):
     lora_dropout: Number = Field(0.05, ge=0, lt=1)
     use_rslora: bool = False
     use_4bit: bool = Field(True, description="NF4 with double quantisation for the base model")
-    cache_dequantized: Literal["auto", True, False] = Field("auto", description="CPU only: keep the NF4 weights' values unpacked when memory allows")
+    cache_dequantized: Literal["auto", True, False] = Field(
+        "auto", description="CPU only: keep the NF4 weights' values unpacked when memory allows"
+    )
     loss_on: Literal["all", "answer"] = Field("answer", description="train on the whole text or on the answer alone")
     gradient_checkpointing: bool = False
     save_state_every: int = Field(50, ge=1, description="optimizer steps between full training states, besides each checkpoint")
@@ -203,14 +207,16 @@ def pair_values(name: str, *, preset: str | None = None, overrides: Mapping[str,
     path = PARAMETERS / f"{name}.yaml"
     if not path.is_file() or name not in pair_names():
         near = difflib.get_close_matches(name, [*pair_names(), "demo", "all"], n=1, cutoff=0.4)
-        raise StudyError(f"parameters/{name}.yaml: no such pair{f'; did you mean {near[0]}?' if near else ''} (pairs: {', '.join(pair_names())}, demo, all).")
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise StudyError(f"parameters/{name}.yaml: no such pair{hint} (pairs: {', '.join(pair_names())}, demo, all).")
     values = read_yaml(path)
     if values.get("pair") != name:
         raise StudyError(f"parameters/{name}.yaml: pair: is {values.get('pair')!r}, but must be the file's name, {name!r}.")
     if preset:
         overlay = PARAMETERS / "presets" / f"{preset}.yaml"
         if not overlay.is_file():
-            raise StudyError(f"preset {preset!r}: no such file; presets: {', '.join(sorted(p.stem for p in overlay.parent.glob('*.yaml')))}.")
+            presets = ", ".join(sorted(p.stem for p in overlay.parent.glob("*.yaml")))
+            raise StudyError(f"preset: {preset!r} is not allowed; allowed: {presets}.")
         values |= read_yaml(overlay)
     values.pop("seeds", None)
     return values | dict(overrides or {})
@@ -245,7 +251,7 @@ def check(namespace: Mapping[str, Any]) -> Parameters:
     if _injected is None:
         plain = (str, int, float, bool, list, dict, tuple, type(None))
         _injected = {n for n, v in namespace.items() if not n.startswith("_") and n not in hidden and isinstance(v, plain)}
-    values = {n: v for n, v in namespace.items() if n in _injected or n in Parameters.model_fields and n not in hidden}
+    values = {n: v for n, v in namespace.items() if n in _injected or (n in Parameters.model_fields and n not in hidden)}
     return validate(values, "parameters of this notebook")
 
 

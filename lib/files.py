@@ -58,7 +58,9 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except OSError as error:
-        raise StudyError(f"{shown(path)}: cannot be written ({error.strerror}); free space or make the folder writable, then run again.") from error
+        raise StudyError(
+            f"{shown(path)}: cannot be written ({error.strerror}); free space or make the folder writable, then run again."
+        ) from error
     finally:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)

@@ -242,9 +242,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, parameters: P
     system = system if system is not None else parameters.system_prompt
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    text: str = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, date_string=parameters.date_string
-    )
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=parameters.date_string)
     return text
 
 
@@ -286,7 +284,7 @@ class _clear_errors:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | ValueError):
+        if isinstance(error, (OSError, ValueError)) and not isinstance(error, StudyError):
             from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
             causes: list[BaseException] = []
@@ -301,3 +299,7 @@ class _clear_errors:
             else:
                 mend = f"is it spelled right, and is the Hub reachable? ({' '.join(str(error).split())[:200]})"
             raise StudyError(f"model_name: {self.name} cannot be loaded: {mend}.") from error
+
+
+if __name__ == "__main__":
+    print(files.shown(fetch_embedded()))
