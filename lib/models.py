@@ -187,8 +187,11 @@ def load_base(parameters: Parameters) -> PreTrainedModel:
             trust_remote_code=False,
             use_safetensors=True,
         )
-    if four_bit and device.type == "cpu" and _unpack_fits(model, parameters):
-        unpack_4bit(model)
+    if four_bit and device.type == "cpu":
+        if _unpack_fits(model, parameters):
+            unpack_4bit(model)
+        else:
+            _forgo_bf16_kernel(model)
     model.eval()
     torch.set_grad_enabled(True)
     return model
@@ -201,6 +204,15 @@ def _unpack_fits(model: PreTrainedModel, parameters: Parameters) -> bool:
     import psutil
 
     return unpacked_bytes(model) < psutil.virtual_memory().available // 2
+
+
+def _forgo_bf16_kernel(model: PreTrainedModel) -> None:
+    """Keeps bitsandbytes from repacking the weights for its bf16 kernel, so every CPU gives the fp32 numbers of NF4."""
+    import bitsandbytes as bnb
+
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def unpacked_bytes(model: PreTrainedModel) -> int:
