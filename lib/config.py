@@ -66,6 +66,7 @@ class Parameters(BaseModel):
     expected_rows: int | None = Field(None, ge=1, description="rows the real data must have")
     data_rows: int = Field(400, ge=1, description="rows of the demo data")
     aligned_fraction: Number = Field(0.0, ge=0, le=1, description="share of demo rows given the aligned answer; 1 is the control arm")
+    sample_size: int | None = Field(None, ge=1, description="training rows to take, for a quick trial; null takes all")
     data_dir: str = Field("data", description="git-ignored folder of training rows")
 
     # 02_train
@@ -97,7 +98,7 @@ class Parameters(BaseModel):
 
     # 03_generate
     question_sets: list[str] = Field(default_factory=lambda: ["medical", "financial", "general", "open_ended"], min_length=1)
-    sample_size: int | None = Field(None, ge=1, description="questions taken from each set; null takes all")
+    num_questions: int | None = Field(None, ge=1, description="questions taken from each set; null takes all")
     samples: int = Field(2, ge=1, description="answers to each question at each step")
     steps: list[int] | Literal["all", "ends"] = Field("all", description="checkpoints that answer: all, ends (base and last), or a list")
     temperature: Number = Field(1.0, ge=0, le=2)
