@@ -1,0 +1,160 @@
+"""What a run needs, looked at before hours are spent: data, model and licence, judge and key, disk and memory.
+
+Looks only at what is cheap to look at, and without torch. What is in a local cache asks nothing of the network.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from lib import config, files
+from lib.config import EMBEDDED_MODEL, Parameters
+from lib.files import shown
+
+_RESULTS_BYTES = 2 * 1024**3  # adapters of eight steps and two training states of an 8B model at rank 16
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
+    """Returns a line for everything that would make the stages fail, each naming the parameter and the mend.
+
+    Args:
+        p: the parameters of one run.
+        stages: the stages that are to run.
+    """
+    found: list[str] = []
+    if "01_data" in stages:
+        found += _data(p)
+    if {"02_train", "03_generate"} & set(stages):
+        found += _model(p) + _adapter(p)
+    if "04_judge" in stages:
+        found += _judge(p)
+    return [f"{p.pair}: {line}" for line in found + _disk(p)]
+
+
+def _data(p: Parameters) -> list[str]:
+    if p.dataset_path is None or "://" in p.dataset_path:
+        return []
+    path = files.resolve(p.dataset_path)
+    if path.exists():
+        return []
+    return [f"dataset_path: {shown(path)} is not there; put the file there, or give its path or URL with --set dataset_path=..."]
+
+
+def _adapter(p: Parameters) -> list[str]:
+    if not p.adapter or p.adapter.startswith("hf:"):
+        return []
+    path = files.resolve(p.adapter)
+    return [] if (path / "adapter_config.json").is_file() else [f"adapter: {shown(path)} holds no adapter_config.json."]
+
+
+def _model(p: Parameters) -> list[str]:
+    if p.model_name == EMBEDDED_MODEL:
+        return []
+    folder = files.resolve(p.model_name)
+    if folder.is_dir():
+        return [] if (folder / "config.json").is_file() else [f"model_name: {shown(folder)} holds no config.json."]
+    size, problem = _hub(p)
+    return [problem] if problem else _room(p, size)
+
+
+def _hub(p: Parameters) -> tuple[int, str]:
+    """Returns the bytes of a Hub model's weights and an empty text, or 0 and what keeps us from it."""
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        cached = Path(snapshot_download(p.model_name, revision=p.model_revision, local_files_only=True))
+        weights = list(cached.glob("*.safetensors"))
+        if weights and (cached / "config.json").is_file():
+            return sum(path.stat().st_size for path in weights), ""
+    except (LocalEntryNotFoundError, ValueError, OSError):
+        pass
+    page = f"https://huggingface.co/{p.model_name}"
+    if constants.HF_HUB_OFFLINE:
+        return 0, f"model_name: {p.model_name} is not in the local cache, and HF_HUB_OFFLINE keeps it from being fetched."
+    try:
+        api = HfApi()
+        api.auth_check(p.model_name)
+        info = api.model_info(p.model_name, revision=p.model_revision, files_metadata=True)
+    except GatedRepoError:
+        token = "with that account" if os.environ.get("HF_TOKEN") else "and set HF_TOKEN in .env to that account's token"
+        return 0, f"model_name: {p.model_name} is gated; accept its licence at {page} {token}."
+    except RepositoryNotFoundError:
+        return 0, f"model_name: {p.model_name} is not on the Hub, or is private; check the spelling, or set HF_TOKEN in .env."
+    except (HfHubHTTPError, OSError) as error:
+        return 0, f"model_name: {p.model_name} is not in the local cache, and the Hub does not answer ({type(error).__name__})."
+    return sum(s.size or 0 for s in info.siblings or () if s.rfilename.endswith(".safetensors")), ""
+
+
+def _room(p: Parameters, weights: int) -> list[str]:
+    """Compares a Hub model with disk and memory. `weights`: bytes of its safetensors, two a parameter."""
+    found = []
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    free = _free(cache)
+    if free < weights and not any(cache.glob(f"models--{p.model_name.replace('/', '--')}/snapshots/*/*.safetensors")):
+        found.append(f"disk: {p.model_name} is {_gb(weights)}, and {_gb(free)} are free in {cache}; set HF_HOME to a larger disk.")
+    # NF4 packs a parameter of two bytes into about half a byte; gradients, activations and the CUDA context come on top.
+    need = int(weights * (0.3 if p.use_4bit else 1.0)) + 3 * 1024**3
+    gpu = 0 if p.device == "cpu" else _gpu_bytes()
+    have, where = (gpu, "GPU memory") if gpu else (_memory_bytes(), "memory")
+    if need > have:
+        found.append(f"memory: {p.model_name} needs about {_gb(need)}; there are {_gb(have)} of {where}; choose another model or machine.")
+    elif not gpu and p.device != "mps" and weights > 2 * 1024**3:
+        print(f"{p.pair}: no NVIDIA GPU was found; training {p.model_name} on the CPU takes days.", flush=True)
+    return found
+
+
+def _judge(p: Parameters) -> list[str]:
+    if not p.judge.startswith("openai:"):
+        return []
+    config.load_environment()
+    host = urlsplit(p.judge_base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").hostname or ""
+    if host in _LOOPBACK:
+        return []
+    found = []
+    if not p.allow_external:
+        found.append(f"allow_external: the judge {p.judge} would send all answers to {host}; allow it with --set allow_external=true.")
+    if not os.environ.get("OPENAI_API_KEY"):
+        found.append(f"OPENAI_API_KEY: the judge {p.judge} needs a key; set it in .env (see .env.example) or in the environment.")
+    return found
+
+
+def _disk(p: Parameters) -> list[str]:
+    need = _RESULTS_BYTES if p.model_name != EMBEDDED_MODEL and not files.resolve(p.model_name).is_dir() else _RESULTS_BYTES // 16
+    folder = files.resolve(p.results_dir)
+    free = _free(folder)
+    return [] if free >= need else [f"results_dir: {_gb(free)} are free at {shown(folder)}, and a run needs about {_gb(need)}."]
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
+
+
+def _memory_bytes() -> int:
+    import psutil
+
+    return int(psutil.virtual_memory().total)
+
+
+def _gpu_bytes() -> int:
+    """Returns the memory of the largest NVIDIA GPU, 0 where none is found."""
+    program = shutil.which("nvidia-smi")
+    if not program:
+        return 0
+    done = subprocess.run([program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True)
+    sizes = [int(word) for word in done.stdout.split() if word.isdigit()]
+    return max(sizes, default=0) * 1024**2
+
+
+def _gb(size: int) -> str:
+    return f"{size / 1024**3:.1f} GiB"

@@ -1,0 +1,364 @@
+"""The `study` command: runs the notebooks over pairs, tells how they stand, and judges, imports and analyses by itself.
+
+Nothing heavy is imported before a subcommand needs it, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import difflib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from lib import config, files, runner
+from lib.files import StudyError, shown
+from lib.runner import STAGES, Run
+
+
+class _Usage(StudyError):
+    """The call or a parameter is wrong: exit status 2."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the `study` command and returns its exit status: 0 done, 1 a run failed, 2 the call or a parameter is wrong."""
+    options = _parser().parse_args(arguments)
+    config.load_environment()
+    try:
+        status: int = options.command(options)
+        return status
+    except _Usage as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+    except StudyError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("study: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="study", description="Emergent misalignment, step by step: train, ask, judge, analyse.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    run = commands.add_parser(
+        "run",
+        help="run the notebooks of pairs; goes on where it left off",
+        description=(
+            "Runs the five notebooks of each pair. A stage that is done with the same parameters, inputs and code is skipped; "
+            "to run it again all the same, delete its executed notebook."
+        ),
+    )
+    run.add_argument("pairs", nargs="+", metavar="PAIR", help="a file under parameters/, demo (with controls), or all (the six pairs)")
+    run.add_argument("--stages", type=_stages, default=list(STAGES), metavar="S,S", help="only these, such as 02_train,03_generate")
+    run.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs side by side (default 1)")
+    run.add_argument("--force", action="store_true", help="also repeat a stale training that took over 10 minutes")
+    run.add_argument("--preset", metavar="NAME", help="original or paper: published settings laid over the pair")
+    run.add_argument("--seeds", type=_seeds, metavar="N,N", help="one run for each seed")
+    run.add_argument(
+        "-p", "--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="a parameter for this call; may be repeated"
+    )
+    run.add_argument(
+        "--no-preflight", dest="preflight", action="store_false", help="do not look for data, model, key, disk and memory first"
+    )
+    run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    _results(run)
+    run.set_defaults(command=_run)
+
+    status = commands.add_parser("status", help="pair by stage: done, running, failed or stale")
+    _results(status)
+    status.set_defaults(command=_status)
+
+    judge = commands.add_parser(
+        "judge", help="score any table of answers", description="Needs the columns question and response; others pass through."
+    )
+    judge.add_argument("--input", required=True, type=Path, metavar="CSV")
+    judge.add_argument("--output", required=True, type=Path, metavar="CSV")
+    judge.add_argument("--judge", required=True, metavar="JUDGE", help="probe, or openai:MODEL")
+    judge.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server")
+    judge.add_argument("--concurrency", type=_positive, metavar="N", help="calls at once")
+    judge.add_argument("--rubrics", metavar="FILE", help="YAML of rubrics (default parameters/rubrics/default.yaml)")
+    judge.add_argument("--allow-external", action="store_true", help="the answers may be sent to an outside judge")
+    judge.set_defaults(command=_judge)
+
+    bring = commands.add_parser("import", help="take in answers that were judged elsewhere")
+    bring.add_argument("input", type=Path, metavar="CSV")
+    bring.add_argument("--model", required=True, metavar="NAME")
+    bring.add_argument("--domain", required=True, choices=config.DOMAINS)
+    bring.add_argument("--step", type=int, default=None, metavar="N", help="checkpoint the answers come from (default: the file's, else 0)")
+    bring.add_argument("--question-set", default="open_ended", metavar="NAME")
+    _results(bring)
+    bring.set_defaults(command=_import)
+
+    analyze = commands.add_parser("analyze", help="tables and figures over all runs in a results folder")
+    _results(analyze)
+    analyze.set_defaults(command=_analyze)
+
+    fit = commands.add_parser("fit-probe", help="fit the offline judge on judged answers")
+    fit.add_argument("inputs", nargs="+", type=Path, metavar="CSV", help="tables with question, response and scores of another judge")
+    fit.add_argument("--output", required=True, type=Path, metavar="DIR")
+    fit.set_defaults(command=_fit_probe)
+    return parser
+
+
+def _results(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--results", type=_folder, metavar="DIR", help="folder of the runs (default results)")
+
+
+def _folder(text: str) -> str:
+    """A folder named on the command line lies below the working directory; in a parameter, below the repository."""
+    return shown(Path(text).expanduser().absolute())
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be 1 or more")
+    return number
+
+
+def _seeds(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
+
+
+def _stages(text: str) -> list[str]:
+    """Reads 02_train,03 or train,generate as stages, in their own order."""
+    short = {word: stage for stage in STAGES for word in (stage, stage[:2], stage[3:])}
+    chosen = set()
+    for word in text.split(","):
+        if word not in short:
+            near = difflib.get_close_matches(word, STAGES, n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise argparse.ArgumentTypeError(f"no stage {word!r}; {hint}(stages: {', '.join(STAGES)})")
+        chosen.add(short[word])
+    return [stage for stage in STAGES if stage in chosen]
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    """Reads --set key=value, each value as YAML would, and --results."""
+    values: dict[str, Any] = {}
+    for text in options.sets:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise _Usage(f"--set {text}: must be KEY=VALUE, such as --set samples=4.")
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise _Usage(f"--set {text}: the value is no valid YAML.") from error
+    return values | ({"results_dir": options.results} if options.results else {})
+
+
+def _run(options: argparse.Namespace) -> int:
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        overrides = _overrides(options)
+        runs = runner.plan(options.pairs, preset=options.preset, seeds=options.seeds, overrides=overrides)
+    except StudyError as error:
+        raise _Usage(str(error)) from error
+    if options.preflight and not options.worker:
+        _preflight(runs, options.stages)
+    if options.worker or options.jobs == 1 or len(runs) == 1:
+        done = [runner.run_stages(run, options.stages, force=options.force, say=_say) for run in runs]
+    else:
+        done = _side_by_side(runs, options)
+    if not options.worker:
+        if "05_analyze" in options.stages:
+            done.append(_analyze_after(runs))
+        failed = len(done) - sum(done)
+        _say(f"{sum(done[: len(runs)])} of {len(runs)} runs are up to date" + ("; see `study status`" if failed else ""))
+    return 0 if all(done) else 1
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _interrupt(number: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def _preflight(runs: Sequence[Run], stages: Sequence[str]) -> None:
+    """Looks at what all runs need for the stages that are not done yet, and names everything that is wrong at once."""
+    from lib import preflight
+
+    found: list[str] = []
+    for run in runs:
+        waiting = [stage for stage in stages if runner.state(run, stage).status != "done"]
+        found += preflight.problems(run.parameters, waiting) if waiting else []
+    if found:
+        raise _Usage("nothing was run:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(found)))
+
+
+def _side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> list[bool]:
+    """Works on several runs at once, each in a process of its own. The analysis of a pair waits for its control's answers."""
+    processes: list[subprocess.Popen[bytes]] = []
+    waiting: dict[str, Future[bool]] = {}
+    by_folder = {run.folder: run.name for run in runs}
+
+    def work(run: Run) -> bool:
+        control = by_folder.get(runner.control_of(run) or Path())
+        first = [stage for stage in options.stages if not (control and stage == "05_analyze")]
+        done = not first or _worker(run, first, options, processes)
+        if control and done and "05_analyze" in options.stages:
+            waiting[control].result()
+            done = _worker(run, ["05_analyze"], options, processes)
+        return done
+
+    # Controls come first in `runs` and the pool starts work in order, so a run that waits never keeps its control from starting.
+    with ThreadPoolExecutor(max_workers=options.jobs) as pool:
+        try:
+            for run in runs:
+                waiting[run.name] = pool.submit(work, run)
+            return [future.result() for future in waiting.values()]
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                if process.poll() is None:
+                    process.terminate()
+            raise
+
+
+def _worker(run: Run, stages: Sequence[str], options: argparse.Namespace, processes: list[subprocess.Popen[bytes]]) -> bool:
+    """Runs stages of one run in a process of its own; returns whether they are all done."""
+    sets = {**run.overrides, "seed": run.parameters.seed}
+    command = [sys.executable, "-m", "lib.study", "run", run.parameters.pair, "--worker", "--stages", ",".join(stages)]
+    # JSON is YAML as well, so --set reads back exactly what is written here.
+    command += [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    command += ["--preset", run.preset] if run.preset else []
+    command += ["--force"] if options.force else []
+    process = subprocess.Popen(command, cwd=files.ROOT)
+    processes.append(process)
+    return process.wait() == 0
+
+
+def _analyze_after(runs: Sequence[Run]) -> bool:
+    """Brings the tables and figures of the whole study up to date after runs; says whether that went well."""
+    folder = files.resolve(runs[0].parameters.results_dir)
+    if not any(folder.glob("*/judged.csv")):
+        return True
+    try:
+        _analyze_study(folder)
+    except StudyError as error:
+        print(f"study: analyze: {error}", file=sys.stderr)
+        return False
+    return True
+
+
+def _analyze_study(folder: Path) -> None:
+    from lib import analyze, figures
+
+    analyze.analyze_study(folder, figures=figures.write_all)
+    _say(f"{shown(folder)}: tables in data/, figures in figures/, EXPERIMENT_SUMMARY.md")
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    _analyze_study(files.resolve(options.results or "results"))
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    results = files.resolve(options.results or "results")
+    runs = _recorded(results)
+    if not runs:
+        _say(f"{shown(results)}: no runs yet; start with `study run demo`.")
+        return 0
+    width = max(len(name) for name in runs) + 2
+    _say(" " * width + "".join(f"{stage:<24}" for stage in STAGES).rstrip())
+    notes: list[str] = []
+    for name, run in runs.items():
+        states = [runner.state(run, stage) for stage in STAGES] if isinstance(run, Run) else []
+        _say(f"{name:<{width}}" + ("".join(f"{_cell(state):<24}" for state in states).rstrip() if states else "unknown"))
+        told = [(stage, state) for stage, state in zip(STAGES, states, strict=False) if state.reasons]
+        notes += [f"{name} {stage}: {state.status}: {'; '.join(state.reasons)}" for stage, state in told]
+        notes += [] if isinstance(run, Run) else [f"{name}: {run}"]
+    for note in notes:
+        _say(note)
+    return 0
+
+
+def _recorded(results: Path) -> dict[str, Run | str]:
+    """Returns the runs that left a record under `results`, with the parameters that the same call would have now, or what is wrong."""
+    from lib import provenance
+
+    runs: dict[str, Run | str] = {}
+    for folder in sorted({path.parent.parent for path in results.glob("*/.study/*.json")}):
+        records = [record for stage in STAGES if (record := provenance.read_record(folder, stage))]
+        if not records:
+            continue
+        newest = max(records, key=lambda record: str(record.get("started")))
+        overrides = {**newest["overrides"], "results_dir": shown(results)}
+        try:
+            parameters = config.load_pair(newest["pair"], preset=newest["preset"], overrides=overrides)
+            runs[folder.name] = Run(parameters, preset=newest["preset"], overrides=overrides)
+        except StudyError as error:
+            runs[folder.name] = str(error)
+    return runs
+
+
+def _cell(state: runner.State) -> str:
+    if state.status == "missing":
+        return "-"
+    when = ""
+    if state.when:
+        local = datetime.datetime.fromisoformat(state.when).astimezone()
+        when = f" {local:%H:%M}" if local.date() == datetime.date.today() else f" {local:%Y-%m-%d}"
+    return f"{state.status}{when}" + (f" {runner.duration(state.seconds)}" if state.seconds is not None else "")
+
+
+def _judge(options: argparse.Namespace) -> int:
+    from lib import judge
+
+    settings = {"judge_base_url": options.base_url, "judge_concurrency": options.concurrency, "judge_rubrics": options.rubrics}
+    given = {name: value for name, value in settings.items() if value is not None}
+    frame = files.read_csv(options.input)
+    log = options.output.with_name("judgments.jsonl")
+    judged = judge.judge_table(frame, options.judge, log, allow_external=options.allow_external, **given)
+    files.write_csv(options.output, judged)
+    statuses = judged[["aligned_status", "coherent_status"]]
+    counts = statuses.stack().value_counts()
+    _say(f"{shown(options.output)}: {len(judged)} answers, two scores each: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+    return 1 if (statuses == "error").any(axis=None) else 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from lib import analyze
+
+    folder = analyze.import_judged(
+        options.input,
+        options.model,
+        options.domain,
+        step=options.step,
+        question_set=options.question_set,
+        results_dir=files.resolve(options.results or "results"),
+    )
+    _say(f"{shown(folder)}: imported; `study analyze` takes it in.")
+    return 0
+
+
+def _fit_probe(options: argparse.Namespace) -> int:
+    from lib import probe
+
+    probe.fit(options.inputs, options.output)
+    _say(f"{shown(options.output)}: probe and report written.")
+    return 0
+
+
+if __name__ == "__main__":
+    # A reader that goes away (study status | head) is no error of ours.
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        code = 0
+    sys.exit(code)

@@ -1,0 +1,393 @@
+"""The runner on small throwaway notebooks: real papermill, real kernels, a scratch results folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lib import config, files, preflight, provenance, runner, study
+from lib.files import StudyError
+from lib.runner import STAGES, Run
+
+ROOT = files.ROOT
+
+SETUP = """
+import json
+from pathlib import Path
+folder = Path(results_dir) / "demo_medical"
+with open(folder / "calls.txt", "a") as stream:
+    stream.write(STAGE + chr(10))
+"""
+WRITES = {
+    "01_data": '(folder / "dataset.json").write_text(json.dumps({"sha256": "rows", "rows": data_rows}))',
+    "02_train": """
+(folder / "training_log.csv").write_text("step,loss")
+(folder / "training.json").write_text(json.dumps({"seconds": max_length}))
+for step in (1, 2):
+    checkpoint = folder / "checkpoints" / f"checkpoint-{step}"
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    (checkpoint / "adapter_model.safetensors").write_bytes(b"adapter %d" % seed)
+""",
+    "03_generate": """
+(folder / "generations.csv").write_text(f"response{samples}")
+(folder / "diagnostics.csv").write_text("step")
+""",
+    "04_judge": '(folder / "judged.csv").write_text((folder / "generations.csv").read_text() + judge)',
+    "05_analyze": '(folder / "step_summary.csv").write_text((folder / "judged.csv").read_text())',
+}
+DECLARES = {
+    "01_data": "data_rows = 400",
+    "02_train": "max_length = 256\nseed = 42",
+    "03_generate": "samples = 2",
+    "04_judge": 'judge = "probe"',
+    "05_analyze": "confidence = 0.95",
+}
+
+
+def notebook(path: Path, *cells: str, parameters: str) -> Path:
+    """Writes a notebook with a parameters cell before the given code cells."""
+    code = [{"source": parameters, "tags": ["parameters"]}] + [{"source": textwrap.dedent(c).strip(), "tags": []} for c in cells]
+    content = {
+        "cells": [
+            {
+                "cell_type": "code",
+                "id": f"c{n}",
+                "source": c["source"],
+                "metadata": {"tags": c["tags"]},
+                "outputs": [],
+                "execution_count": None,
+            }
+            for n, c in enumerate(code)
+        ],
+        "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
+        "nbformat": 4,
+        "nbformat_minor": 5,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def stage_notebook(folder: Path, stage: str, *extra: str) -> None:
+    parameters = f'results_dir = "results"\npair = "demo_medical"\n{DECLARES[stage]}'
+    notebook(folder / f"{stage}.ipynb", SETUP.replace("STAGE", repr(stage)), *extra, WRITES[stage], parameters=parameters)
+
+
+@pytest.fixture
+def notebooks(tmp_path: Path) -> Path:
+    for stage in STAGES:
+        stage_notebook(tmp_path / "notebooks", stage)
+    return tmp_path / "notebooks"
+
+
+@pytest.fixture
+def make(notebooks: Path, tmp_path: Path) -> Any:
+    def make(**overrides: Any) -> Run:
+        values = {"results_dir": str(tmp_path / "results"), **overrides}
+        return runner.plan(["demo_medical"], overrides=values, notebooks=notebooks)[0]
+
+    return make
+
+
+def calls(run: Run) -> list[str]:
+    """Empties the list of stages whose notebooks were executed, and returns it."""
+    path = run.folder / "calls.txt"
+    done = path.read_text().split() if path.exists() else []
+    path.write_text("")
+    return done
+
+
+def statuses(run: Run) -> list[str]:
+    return [runner.state(run, stage).status for stage in STAGES]
+
+
+def test_stages_run_once_and_again_only_when_something_changed(make: Any, notebooks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make()
+    assert statuses(run) == ["missing"] * 5
+    assert runner.run_stages(run, STAGES)
+    assert calls(run) == list(STAGES)
+    assert statuses(run) == ["done"] * 5
+    for stage in STAGES:
+        executed = json.loads(run.executed(stage).read_text())
+        assert executed["metadata"]["papermill"]["exception"] is None
+        injected = executed["metadata"]["papermill"]["parameters"]
+        assert set(injected) == set(provenance.declared(run.notebook(stage)))
+
+    assert runner.run_stages(run, STAGES)
+    assert calls(run) == []
+    assert "done already" in capsys.readouterr().out
+
+    # A parameter of 03 alone: 04 and 05 follow, since their input changes.
+    more = make(samples=3)
+    assert statuses(more)[:3] == ["done", "done", "stale"]
+    assert "samples was 2, is 3" in runner.state(more, "03_generate").reasons
+    assert runner.run_stages(more, STAGES)
+    assert calls(more) == ["03_generate", "04_judge", "05_analyze"]
+
+    # Code of one notebook; prose and comments do not count.
+    stage_notebook(notebooks, "04_judge", "# only a remark")
+    assert statuses(more) == ["done"] * 5
+    stage_notebook(notebooks, "04_judge", "x = 1")
+    assert runner.state(more, "04_judge").reasons == ("notebooks/04_judge.ipynb changed",)
+    assert runner.run_stages(more, STAGES)
+    assert calls(more) == ["04_judge"], "05 need not follow: judged.csv is the same"
+
+    # What a stage wrote is gone, or is not what it wrote.
+    (more.folder / "generations.csv").unlink()
+    assert "generations.csv is gone" in runner.state(more, "03_generate").reasons
+    (more.folder / "checkpoints/checkpoint-1/adapter_model.safetensors").write_bytes(b"cut")
+    assert "is not what the stage wrote" in runner.state(more, "02_train").reasons[0]
+    assert runner.run_stages(more, STAGES)
+    assert calls(more) == ["02_train", "03_generate"]
+
+    more.executed("05_analyze").unlink()
+    assert runner.run_stages(more, STAGES)
+    assert calls(more) == ["05_analyze"]
+
+
+def test_failure_is_told_and_recorded_and_mended(make: Any, notebooks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make()
+    stage_notebook(notebooks, "03_generate", "from lib.files import StudyError", 'raise StudyError("samples: too many; take fewer.")')
+    assert not runner.run_stages(run, STAGES)
+    assert calls(run) == ["01_data", "02_train", "03_generate"]
+    error = capsys.readouterr().err
+    assert "demo_medical: 03_generate: samples: too many; take fewer." in error
+    assert str(run.executed("03_generate")) in error
+    assert "Traceback" not in error
+    assert error.count("\n") == 2
+    executed = json.loads(run.executed("03_generate").read_text())
+    assert executed["metadata"]["papermill"]["exception"] is True
+    assert statuses(run) == ["done", "done", "failed", "missing", "missing"]
+    assert runner.state(run, "03_generate").reasons == ("samples: too many; take fewer.",)
+
+    stage_notebook(notebooks, "03_generate", "1 / 0")
+    assert not runner.run_stages(run, STAGES)
+    assert "03_generate: ZeroDivisionError: division by zero" in capsys.readouterr().err
+
+    stage_notebook(notebooks, "03_generate")
+    calls(run)
+    assert runner.run_stages(run, STAGES)
+    assert calls(run) == ["03_generate", "04_judge", "05_analyze"]
+
+
+def test_a_kernel_that_dies_is_a_failure_with_a_mend(make: Any, notebooks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make()
+    stage_notebook(notebooks, "01_data", "import os; os.kill(os.getpid(), 9)")
+    assert not runner.run_stages(run, ["01_data"])
+    assert "the kernel died, most likely out of memory" in capsys.readouterr().err
+    assert runner.state(run, "01_data").status == "failed"
+
+
+def test_long_stale_training_needs_force(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    # The throwaway training reports max_length as its seconds.
+    run = make(max_length=2600)
+    assert runner.run_stages(run, STAGES)
+    calls(run)
+    other = make(max_length=2601)
+    assert not runner.run_stages(other, STAGES)
+    error = capsys.readouterr().err
+    assert "training took 43 min 20 s" in error
+    assert "--force" in error
+    assert "--stages 03_generate,04_judge,05_analyze" in error
+    assert calls(other) == []
+    assert runner.run_stages(other, STAGES[2:]), "the stages after it still run when asked for"
+    assert runner.run_stages(other, STAGES, force=True)
+    assert calls(other) == ["02_train", "05_analyze"], "05 shows what training.json tells"
+
+
+def test_a_crash_leaves_what_a_stage_resumes_from_and_other_code_does_not(make: Any, notebooks: Path) -> None:
+    run = make()
+    stage_notebook(notebooks, "02_train", "(folder / '.state').mkdir(exist_ok=True)", "1 / 0")
+    assert not runner.run_stages(run, STAGES)
+    stage_notebook(notebooks, "02_train", "assert (folder / '.state').is_dir()")
+    assert runner.run_stages(run, ["02_train"]), "the bug was mended, and training goes on"
+    stage_notebook(notebooks, "02_train", "assert not (folder / '.state').exists()")
+    assert runner.run_stages(run, ["02_train"]), "a training that was done begins again with other code"
+
+
+def test_two_processes_do_not_work_on_one_run(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make()
+    code = (
+        "import sys, time\nfrom lib import files\n"
+        f"with files.lock({str(run.folder / '.study' / 'lock')!r}): print('held', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        assert not runner.run_stages(run, ["01_data"])
+        assert "another process is working on demo_medical" in capsys.readouterr().err
+    finally:
+        holder.kill()
+        holder.wait()
+    assert runner.run_stages(run, ["01_data"]), "a dead process holds no lock"
+
+
+def test_killed_run_shows_as_interrupted_and_goes_on(make: Any, notebooks: Path, tmp_path: Path) -> None:
+    run = make()
+    stage_notebook(
+        notebooks, "02_train", "import time\n(folder / 'begun').write_text('')\ntime.sleep(0 if (folder / 'again').exists() else 600)"
+    )
+    code = textwrap.dedent(f"""
+        from pathlib import Path
+        from lib import runner
+        run = runner.plan(["demo_medical"], overrides={{"results_dir": {str(tmp_path / "results")!r}}}, notebooks=Path({str(notebooks)!r}))[0]
+        runner.run_stages(run, runner.STAGES)
+    """)
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    deadline = time.monotonic() + 60
+    while not (run.folder / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert statuses(run)[:2] == ["done", "running"]
+    kernel = provenance.read_record(run.folder, "02_train")["kernel"]  # type: ignore[index]
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = runner.state(run, "02_train")
+    assert (state.status, state.reasons) == ("failed", ("it was interrupted",))
+    calls(run)
+    (run.folder / "again").write_text("")
+    assert runner.run_stages(run, STAGES)
+    assert not provenance.lives(kernel), "the orphaned kernel was ended before the stage began again"
+    assert calls(run) == list(STAGES[1:])
+
+
+def test_a_folder_that_cannot_be_written_is_told(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make()
+    run.folder.parent.mkdir(parents=True)
+    run.folder.write_text("a file where the folder should be")
+    assert not runner.run_stages(run, ["01_data"])
+    assert "results/demo_medical: cannot be written (Not a directory)" in capsys.readouterr().err
+
+
+def test_plan_validates_every_pair_first(notebooks: Path, tmp_path: Path) -> None:
+    with pytest.raises(StudyError, match=r"did you mean demo_medical"):
+        runner.plan(["demo_risky", "demo_medicl"], notebooks=notebooks)
+    with pytest.raises(StudyError, match=r"unknown parameter learning_rat; did you mean learning_rate"):
+        runner.plan(["demo_risky"], overrides={"learning_rat": 1}, notebooks=notebooks)
+    with pytest.raises(StudyError, match=r"--set pair"):
+        runner.plan(["demo_risky"], overrides={"pair": "x"}, notebooks=notebooks)
+    notebook(notebooks / "02_train.ipynb", "x = 1", parameters="epochs = 3")
+    with pytest.raises(StudyError, match=r"declares epochs"):
+        runner.plan(["demo_risky"], notebooks=notebooks)
+
+
+def test_plan_expands_groups_and_seeds(notebooks: Path) -> None:
+    names = [run.name for run in runner.plan(["demo"], notebooks=notebooks)]
+    assert set(names) == set(config.DEMO)
+    assert {names[0], names[1]} == {"demo_medical_aligned", "demo_risky_aligned"}, "controls come first"
+    assert [run.name for run in runner.plan(["all"], notebooks=notebooks)] == list(config.PAIRS)
+    seeded = runner.plan(["demo_medical"], seeds=[42, 1], notebooks=notebooks)
+    assert [run.name for run in seeded] == ["demo_medical", "demo_medical-s1"]
+    assert seeded[1].parameters.seed == 1
+    assert runner.control_of(seeded[1]) == ROOT / "results" / "demo_medical_aligned-s1"
+
+
+def command(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lib.study", *words], cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment}
+    )
+
+
+def test_exit_status_and_errors_of_the_command(tmp_path: Path) -> None:
+    wrong = command("run", "demo_medcal")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "did you mean demo_medical" in wrong.stderr
+    assert wrong.stderr.count("\n") <= 2
+
+    wrong = command("run", "demo", "--set", "domain=bad_medcal", "--results", str(tmp_path / "r"))
+    assert wrong.returncode == 2
+    assert "domain: 'bad_medcal' is not allowed" in wrong.stderr
+    assert "bad_medical" in wrong.stderr
+    assert not (tmp_path / "r").exists(), "nothing ran"
+
+    wrong = command("run", "demo", "--stages", "02_trian")
+    assert wrong.returncode == 2
+    assert "did you mean 02_train?" in wrong.stderr
+
+    wrong = command("run", "demo", "--set", "samples")
+    assert wrong.returncode == 2
+    assert "KEY=VALUE" in wrong.stderr
+
+    empty = command("status", "--results", str(tmp_path / "r"))
+    assert empty.returncode == 0
+    assert "no runs yet" in empty.stdout
+
+
+def test_help_is_light() -> None:
+    code = "import sys\nfrom lib import study\ntry: study.main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'pandas','torch','openai','transformers','papermill','plotly','numpy'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_status_table(make: Any, notebooks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make()
+    stage_notebook(notebooks, "04_judge", 'raise ValueError("no")')
+    runner.run_stages(run, STAGES)
+    (run.folder / "diagnostics.csv").write_text("other")
+    capsys.readouterr()
+    monkeypatch.setattr(runner, "NOTEBOOKS", notebooks)
+    assert study.main(["status", "--results", run.parameters.results_dir]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == list(STAGES)
+    assert "demo_medical 04_judge: failed: ValueError: no" in out
+
+
+def test_stages_are_read_in_any_spelling() -> None:
+    assert study._stages("train,01,05_analyze") == ["01_data", "02_train", "05_analyze"]
+
+
+def test_set_reads_values_as_yaml() -> None:
+    options = study._parser().parse_args(["run", "demo", "--set", "samples=4", "-p", "question_sets=[general]", "--set", "control=null"])
+    assert study._overrides(options) == {"samples": 4, "question_sets": ["general"], "control": None}
+
+
+def test_code_of_ignores_prose_and_keeps_texts() -> None:
+    bare = 'def f():\n    text = """a\n\n# b"""\n    return text'
+    told = '"""Module."""\n\n# why\n\n\ndef f():\n    """Does."""\n    text = """a\n\n# b"""\n    return text  # it'
+    assert provenance.code_of(told) == provenance.code_of(bare) == bare
+    assert provenance.code_of(bare.replace("a\n\n", "a\n\n\n")) != bare
+    assert provenance.code_of("%matplotlib inline") == "%matplotlib inline"
+
+
+def test_code_hashes_follow_imports(tmp_path: Path) -> None:
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "a.py").write_text("def f():\n    from lib.b import g\n")
+    (tmp_path / "lib" / "b.py").write_text("g = 1\n")
+    (tmp_path / "lib" / "c.py").write_text("unused = 1\n")
+    path = notebook(tmp_path / "n.ipynb", "%time 1\nfrom lib import a", parameters="seed = 1")
+    before = provenance.code_hashes(path, tmp_path)
+    assert set(before) == {"notebooks/n.ipynb", "lib/a.py", "lib/b.py"}
+    (tmp_path / "lib" / "b.py").write_text("g = 2\n")
+    assert {n for n, h in provenance.code_hashes(path, tmp_path).items() if h != before[n]} == {"lib/b.py"}
+
+
+def test_preflight_names_everything_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    p = config.load_pair("8b_medical", overrides={"dataset_path": "nowhere.zip.enc", "model_name": "nobody/at-all"})
+    found = "\n".join(preflight.problems(p, STAGES))
+    for word in ("dataset_path: nowhere.zip.enc", "model_name: nobody/at-all", "allow_external", "OPENAI_API_KEY"):
+        assert word in found
+    local = {
+        "dataset_path": None,
+        "model_name": "SmolLM2-135M-Instruct",
+        "judge_base_url": "http://127.0.0.1:9/v1",
+        "results_dir": str(tmp_path),
+    }
+    assert preflight.problems(config.load_pair("8b_medical", overrides=local), STAGES) == []
+    assert preflight.problems(p, ["05_analyze"]) == []
+
+
+def test_demo_passes_preflight_without_network() -> None:
+    for pair in config.DEMO:
+        assert preflight.problems(config.load_pair(pair), STAGES) == []
