@@ -1,0 +1,363 @@
+"""One OpenAI-compatible server as a judge: every call becomes a status, and nothing that a server does becomes an exception.
+
+OpenAI, Azure's v1 endpoint, vLLM and llama.cpp speak the same protocol. Retries, back-off and Retry-After are the official
+client's own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import ipaddress
+import json
+import logging
+import re
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
+
+from tqdm import tqdm
+
+from lib import scoring
+from lib.files import StudyError
+from lib.rubrics import Prompt
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+OPENAI_URL = "https://api.openai.com/v1"
+_OPENAI_HOSTS = ("api.openai.com", ".openai.azure.com")
+TOP_LOGPROBS = 20
+"""Alternatives asked for at each reply token in logprobs mode; 20 is OpenAI's limit and the paper's number."""
+
+_RAW_CHARS = 2_000
+_T = TypeVar("_T")
+# Looks like a credential, also where a server masks the middle of the key that it was given.
+_CREDENTIAL = re.compile(r"\bsk-[\w\-*•.]{4,}|(?i:\bbearer\s+)[\w\-.~+/*]{4,}=*")
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a judge is and how it is asked.
+
+    Attributes:
+        model: the name the server knows.
+        base_url: the server's `/v1` address.
+        key: sent as the bearer token; shown nowhere.
+        mode: `text` or `logprobs`.
+        temperature: of the judge's sampling.
+        max_tokens: reply tokens a call.
+        timeout: seconds an attempt may take.
+        max_retries: attempts after the first, on 408, 409, 429, 5xx and connection errors.
+    """
+
+    model: str
+    base_url: str
+    key: str = field(repr=False)
+    mode: str
+    temperature: float
+    max_tokens: int
+    timeout: float
+    max_retries: int
+
+    @property
+    def host(self) -> str:
+        """The server's name, without any credentials that its address holds."""
+        return urlsplit(self.base_url).hostname or self.base_url
+
+
+@dataclass(frozen=True)
+class Reply:
+    """How one call ended; the fields are those of judgments.jsonl.
+
+    Attributes:
+        status: one of `scoring.STATUSES`.
+        score: points (0 to 100) if status is ok.
+        raw: the reply's text, or the error's.
+        logprobs: the likeliest first tokens with their log-probabilities, in logprobs mode.
+        usage: prompt_tokens, completion_tokens, model, system_fingerprint (as the server returned them) and retries.
+        mode: how the reply was scored.
+        http_status: of a refused request.
+    """
+
+    status: str
+    raw: str
+    mode: str
+    score: float | None = None
+    logprobs: list[tuple[str, float]] | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+    http_status: int | None = None
+
+
+def is_loopback(base_url: str) -> bool:
+    """Says whether an address is this machine, so that what is sent there leaves it not."""
+    host = urlsplit(base_url).hostname or ""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def checked_url(base_url: str) -> str:
+    """Returns an address that can be called.
+
+    Raises:
+        StudyError: it is no http or https address.
+    """
+    parts = urlsplit(base_url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise StudyError(f"judge_base_url: {base_url!r} is no address; it looks like http://127.0.0.1:8080/v1.")
+    return base_url
+
+
+def redact(text: str, key: str) -> str:
+    """Returns a server's words without the key or anything that looks like one."""
+    return _CREDENTIAL.sub("[key]", text.replace(key, "[key]") if len(key) > 5 else text)
+
+
+class Chat:
+    """A session with an endpoint; use `session` to open one."""
+
+    def __init__(self, endpoint: Endpoint, client: AsyncOpenAI) -> None:
+        self.endpoint = endpoint
+        self.mode = endpoint.mode
+        self._client = client
+
+    async def settle_mode(self) -> str:
+        """Finds out by one call whether the server can be scored by log-probabilities; if not, the session falls back to text.
+
+        Returns:
+            Why the session fell back, or "" where it did not have to.
+        """
+        if self.mode == "text":
+            return ""
+        messages = [{"role": "user", "content": "Write the number 85 and nothing else."}]
+        try:
+            reply = await self._create(messages, seed=0, max_tokens=scoring.MIN_TEXT_TOKENS)
+            positions = [scoring.top_tokens(entry["top_logprobs"]) for entry in _choice(reply)["logprobs"]["content"]]
+        except _malformed():
+            positions = []
+        except _refused() as error:
+            if getattr(error, "status_code", None) not in {400, 404, 422, 501}:
+                return ""  # not about log-probabilities: the calls themselves will tell
+            positions = []
+        if any(positions) and scoring.whole_numbers(positions):
+            return ""
+        self.mode = "text"
+        return "its tokenizer splits numbers" if any(positions) else "it returns no log-probabilities"
+
+    async def ask(self, messages: list[dict[str, str]], seed: int) -> Reply:
+        """Asks for one judgment. Whatever the server does, a reply comes back; only cancellation passes through.
+
+        Args:
+            messages: the rendered rubric.
+            seed: for servers that sample reproducibly.
+        """
+        limit = self.endpoint.max_tokens if self.mode == self.endpoint.mode else scoring.MIN_TEXT_TOKENS
+        try:
+            reply = await self._create(messages, seed=seed, max_tokens=limit)
+        except _refused() as error:
+            return self._refusal(error)
+        except _malformed() as error:
+            return Reply("error", f"malformed reply: {type(error).__name__}", self.mode)
+        try:
+            return self._score(reply)
+        except _malformed() as error:
+            said = redact(json.dumps(reply, ensure_ascii=False), self.endpoint.key)
+            return Reply("error", f"malformed reply: {type(error).__name__}: {said}"[:_RAW_CHARS], self.mode, usage=_usage(reply))
+
+    async def _create(self, messages: list[dict[str, str]], *, seed: int, max_tokens: int) -> Any:
+        request: dict[str, Any] = {
+            "model": self.endpoint.model,
+            "messages": messages,
+            "temperature": self.endpoint.temperature,
+            "seed": seed,
+        }
+        # OpenAI's newer models refuse the old name of the limit; other servers may not know the new one, and would ramble.
+        request["max_completion_tokens" if self.endpoint.host.endswith(_OPENAI_HOSTS) else "max_tokens"] = max_tokens
+        if self.mode == "logprobs":
+            request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        # The raw response: the client fills its typed objects with whatever a server sends, so the JSON is read here.
+        raw = await self._client.chat.completions.with_raw_response.create(**request)
+        reply = json.loads(raw.http_response.content)
+        if isinstance(reply, dict) and raw.retries_taken:
+            reply["retries"] = raw.retries_taken
+        return reply
+
+    def _score(self, reply: Any) -> Reply:
+        choice = _choice(reply)
+        message = choice["message"]
+        content = message["content"]
+        if not isinstance(content, str | None):
+            raise TypeError("content is no text")
+        text = redact(content if content is not None else str(message.get("refusal") or ""), self.endpoint.key)
+        usage = _usage(reply)
+        if self.mode == "logprobs":
+            top = scoring.top_tokens(choice["logprobs"]["content"][0]["top_logprobs"])
+            status, score = scoring.parse_logprobs(top)
+            return Reply(status, text[:_RAW_CHARS], "logprobs", score, top, usage)
+        status, score = scoring.parse_text(text, cut=choice.get("finish_reason") == "length")
+        return Reply(status, text[:_RAW_CHARS], "text", score, None, usage)
+
+    def _refusal(self, error: Exception) -> Reply:
+        """Turns the client's exception into a record that names it in one line and holds no key."""
+        status = getattr(error, "status_code", None)
+        body = " ".join(redact(str(error), self.endpoint.key).split())
+        # A provider's content filter gives the same answer next time: that call has no score, and is no fault to be tried again.
+        filtered = status == 400 and getattr(error, "code", None) == "content_filter"
+        raw = f"{type(error).__name__}: {body}"[:_RAW_CHARS]
+        return Reply("invalid" if filtered else "error", raw, self.mode, http_status=status)
+
+
+@contextlib.asynccontextmanager
+async def session(endpoint: Endpoint) -> AsyncIterator[Chat]:
+    """Opens a session with an endpoint, in the running event loop."""
+    from openai import AsyncOpenAI, DefaultAsyncHttpxClient
+
+    # At its debug level the client logs whole requests, answers included.
+    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # A redirect would send answers to a host that was not announced.
+    http = DefaultAsyncHttpxClient(follow_redirects=False, timeout=endpoint.timeout)
+    client = AsyncOpenAI(
+        api_key=endpoint.key, base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=endpoint.max_retries, http_client=http
+    )
+    async with client:
+        yield Chat(endpoint, client)
+
+
+def _refused() -> tuple[type[Exception], ...]:
+    """What the client raises for a request that got no reply: statuses, timeouts, broken connections and bodies."""
+    import httpx2
+    import openai
+
+    return (openai.OpenAIError, httpx2.HTTPError)
+
+
+def _malformed() -> tuple[type[Exception], ...]:
+    """What reading a reply of another shape raises."""
+    return (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
+
+
+def _choice(reply: Any) -> Any:
+    choice = reply["choices"][0]
+    if not isinstance(choice, dict):
+        raise TypeError("choice is no object")
+    return choice
+
+
+def _usage(reply: Any) -> dict[str, Any]:
+    """Returns what a reply says about itself, in types that the journal can hold."""
+    said = reply if isinstance(reply, dict) else {}
+    counts: Any = said["usage"] if isinstance(said.get("usage"), dict) else {}
+    usage: dict[str, Any] = {}
+    for name in ("prompt_tokens", "completion_tokens"):
+        value = counts.get(name)
+        usage[name] = value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    for name in ("model", "system_fingerprint"):
+        usage[name] = str(said[name])[:200] if said.get(name) is not None else None
+    if said.get("retries"):
+        usage["retries"] = said["retries"]
+    return usage
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call to make: its prompt, rendered when its turn comes, what takes its reply, and its seed."""
+
+    prompt: Callable[[], Prompt]
+    record: Callable[[Reply], None]
+    seed: int
+
+
+def ask_all(endpoint: Endpoint, jobs: Sequence[Job], *, concurrency: int, name: str, progress: bool) -> str:
+    """Makes calls in order, `concurrency` at a time. An interrupt leaves recorded what was recorded.
+
+    Returns:
+        Why asking stopped before the last job, or "".
+    """
+    return _in_thread(_ask_all(endpoint, jobs, concurrency, name, progress))
+
+
+async def _ask_all(endpoint: Endpoint, jobs: Sequence[Job], concurrency: int, name: str, progress: bool) -> str:
+    waiting = iter(jobs)
+    course = _Course(limit=max(20, 2 * concurrency))
+    with tqdm(total=len(jobs), unit="call", desc=name, disable=not progress) as bar:
+        async with session(endpoint) as chat:
+            reason = await chat.settle_mode()
+            if reason:
+                tqdm.write(f"{name}: {reason}, so scores are read from the reply's text, not from log-probabilities.", file=sys.stderr)
+
+            async def work() -> None:
+                for job in waiting:
+                    if course.stopped:
+                        return
+                    prompt = job.prompt()
+                    reply = await chat.ask(prompt.messages, job.seed)
+                    if prompt.left_out:
+                        reply = replace(reply, usage=reply.usage | {"answer_chars_left_out": prompt.left_out})
+                    job.record(reply)
+                    course.count(reply)
+                    bar.update()
+                    bar.set_postfix(tokens=course.tokens, errors=course.errors, refresh=False)
+
+            await asyncio.gather(*(work() for _ in range(min(concurrency, len(jobs)))))
+    return course.stopped
+
+
+class _Course:
+    """Counts replies, and says when going on is pointless: a wrong key, an unknown model, a server that is gone."""
+
+    def __init__(self, limit: int) -> None:
+        self.tokens = self.errors = 0
+        self.stopped = ""
+        self._limit = limit
+        self._in_a_row = 0
+        self._replied = False
+
+    def count(self, reply: Reply) -> None:
+        self.tokens += sum(reply.usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
+        if reply.status != "error":
+            self._replied, self._in_a_row = True, 0
+            return
+        self.errors += 1
+        self._in_a_row += 1
+        if not self.stopped and not self._replied and reply.http_status in {401, 403, 404}:
+            self.stopped = f"the server refused ({reply.raw[:300]})."
+        elif not self.stopped and self._in_a_row >= self._limit:
+            self.stopped = f"{self._in_a_row} calls in a row failed ({reply.raw[:300]})."
+
+
+def _in_thread(main: Coroutine[Any, Any, _T]) -> _T:
+    """Runs a coroutine to its end in an event loop of its own: a notebook's kernel already has one running.
+
+    An interrupt (Ctrl-C, or Jupyter's stop button) cancels it, waits until it has put everything away, and goes on upwards.
+    """
+    outcome: concurrent.futures.Future[_T] = concurrent.futures.Future()
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[Any]]] = []
+
+    async def tracked() -> _T:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        return await main
+
+    def body() -> None:
+        try:
+            outcome.set_result(asyncio.run(tracked()))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=body, name="judge")
+    thread.start()
+    try:
+        return outcome.result()
+    except KeyboardInterrupt:
+        for loop, task in running:
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise

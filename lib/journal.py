@@ -1,0 +1,108 @@
+"""The record of a judge's calls, which is also their cache: an append-only JSONL that a crash cannot spoil."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from lib import files
+from lib.files import StudyError
+from lib.scoring import FINAL
+
+KEYS = ("key", "judge", "metric", "status", "score", "raw", "logprobs", "usage", "time", "repeat", "rubric_sha256", "mode")
+"""What every line holds, in this order."""
+
+_SYNC_SECONDS = 1.0
+_SHORTEST_SECRET = 6  # shorter ones are placeholders such as "none", which are ordinary words in a reply
+
+
+class Journal:
+    """An open judgments.jsonl.
+
+    Each record is handed to the operating system as it comes, so a killed process loses nothing that it wrote; it is forced
+    to disk once a second and at the end, so a power failure loses a second's worth.
+
+    Attributes:
+        records: the record that counts for each key: the last reply received, else the last error.
+    """
+
+    def __init__(self, path: Path, secret: str) -> None:
+        self.path = path
+        self.records: dict[str, dict[str, Any]] = {}
+        self._secret = secret if len(secret) >= _SHORTEST_SECRET else ""
+        for record in files.read_jsonl(path):
+            self._keep(record)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = path.open("ab+")
+        self._synced = time.monotonic()
+        if self._stream.tell():
+            self._stream.seek(-1, os.SEEK_END)
+            if self._stream.read(1) != b"\n":  # a line that a crash tore: closed, so that the next one is whole
+                self._stream.write(b"\n")
+
+    def _keep(self, record: dict[str, Any]) -> None:
+        key = record.get("key")
+        if isinstance(key, str) and (record.get("status") in FINAL or self.records.get(key, {}).get("status") not in FINAL):
+            self.records[key] = record
+
+    def write(self, records: Iterable[dict[str, Any]]) -> None:
+        """Appends records; the secret, should a server have echoed it, is replaced by `[key]`.
+
+        Raises:
+            StudyError: the disk is full or the file cannot be written.
+        """
+        try:
+            for record in records:
+                told = {name: self._redacted(record[name]) for name in ("raw", "logprobs", "usage")}
+                record = {name: record[name] for name in KEYS} | told
+                self._stream.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace") + b"\n")
+                self._keep(record)
+            self._stream.flush()
+            if time.monotonic() - self._synced > _SYNC_SECONDS:
+                self._sync()
+        except OSError as error:
+            raise StudyError(f"{files.shown(self.path)}: cannot be appended to ({error.strerror}); free space, then run again.") from error
+
+    def _redacted(self, value: Any) -> Any:
+        """Replaces the secret in whatever a server said, at any depth."""
+        if isinstance(value, str):
+            return value.replace(self._secret, "[key]") if self._secret else value
+        if isinstance(value, dict):
+            return {self._redacted(name): self._redacted(entry) for name, entry in value.items()}
+        return [self._redacted(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+    def _sync(self) -> None:
+        os.fsync(self._stream.fileno())
+        self._synced = time.monotonic()
+
+    def close(self) -> None:
+        """Forces everything to disk."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+            self._sync()
+        self._stream.close()
+
+
+@contextlib.contextmanager
+def opened(path: str | Path, secret: str = "") -> Iterator[Journal]:
+    """Opens a journal for this process alone.
+
+    Args:
+        path: the JSONL; made if absent.
+        secret: a key that must never be written.
+
+    Raises:
+        StudyError: another process judges into the same file.
+    """
+    path = Path(path)
+    with files.lock(path.with_name(f".{path.name}.lock"), wait=False, what=f"the judgments of {files.shown(path.parent)}"):
+        journal = Journal(path, secret)
+        try:
+            yield journal
+        finally:
+            journal.close()

@@ -1,0 +1,365 @@
+"""Scores answers with a judge: which calls are needed, who makes them, and what became of every answer.
+
+The judge decides the result of a study like this one, so each call is recorded in judgments.jsonl with the judge's raw reply.
+The same file is the cache: a call is made once for each distinct (question, answer, metric, rubric, model, settings, repeat),
+a run that was interrupted goes on where it stopped, and only calls that ended in an error are made again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import pandas as pd
+from tqdm import tqdm
+
+from lib import chat, config, files, journal, rubrics, scoring
+from lib.config import Parameters
+from lib.files import StudyError
+from lib.journal import Journal
+
+PROBE_METRICS = ("aligned", "coherent")
+WARN_SHARE = 0.02
+"""Share of invalid or error above which a table says so."""
+
+_PROBE_CHUNK = 256
+_PLACEHOLDER_KEY = "no-key-needed"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a judge is asked; the notebooks' parameters judge_* without their prefix.
+
+    Attributes:
+        base_url: an OpenAI-compatible server; None takes OPENAI_BASE_URL, else OpenAI's.
+        rubrics: YAML with a prompt for each metric.
+        metrics: what is scored.
+        mode: `text` (the reply is a number) or `logprobs` (mean over number tokens weighted by probability).
+        temperature: of the judge's sampling.
+        max_tokens: reply tokens a call.
+        concurrency: calls in flight.
+        timeout: seconds an attempt may take.
+        max_retries: attempts after the first.
+        allow_external: answers may be sent to a server that is not this machine.
+        progress: draw a progress bar.
+    """
+
+    base_url: str | None = None
+    rubrics: str = "parameters/rubrics/default.yaml"
+    metrics: Sequence[str] = PROBE_METRICS
+    mode: str = "text"
+    temperature: float = 0.2
+    max_tokens: int = scoring.MIN_TEXT_TOKENS
+    concurrency: int = 16
+    timeout: float = 60.0
+    max_retries: int = 4
+    allow_external: bool = False
+    progress: bool = True
+
+
+def settings_of(parameters: Parameters) -> Settings:
+    """Returns the judge's settings among a run's parameters."""
+    named = {name: getattr(parameters, f"judge_{name}", None) for name in Settings.__dataclass_fields__}
+    return Settings(**{n: v for n, v in named.items() if v is not None}, allow_external=parameters.allow_external)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One thing to be asked: one metric of one distinct answer."""
+
+    key: str
+    metric: str
+    question: str
+    answer: str
+    repeat: int = 0
+
+
+class Judge(Protocol):
+    """What scores calls. `settings` holds what changes its scores, and so belongs in the cache's key."""
+
+    name: str
+    settings: dict[str, Any]
+    secret: str
+
+    def rubric_hash(self, metric: str) -> str:
+        """Returns the hash of what the judge is asked for `metric`; raises StudyError if it does not know it."""
+
+    def check(self, calls: Sequence[Call]) -> None:
+        """Raises StudyError if these calls may or can not be made; nothing has been sent yet."""
+
+    def run(self, calls: Sequence[Call], log: Journal) -> str:
+        """Makes the calls and records them; returns why it stopped before the end, or ""."""
+
+
+def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, **options: Any) -> pd.DataFrame:
+    """Judges a table of answers.
+
+    Args:
+        frame: has the columns question and response; every other is carried through, rows keep their order and index.
+        spec: `probe`, or `openai:MODEL`.
+        log: judgments.jsonl, record and cache of the calls.
+        options: fields of `Settings`.
+
+    Returns:
+        The table with a score (points, 0 to 100, NaN unless ok) and a status for each metric (`aligned`, `aligned_status`, ...)
+        and `judge`. Its attrs["judging"] says how many calls were `made` and `cached`, and why judging `stopped` early ("" if it
+        did not); an answer that was not asked for then has the status error.
+
+    Raises:
+        StudyError: the table, the judge or a setting is wrong, or answers would leave this machine without `allow_external`.
+    """
+    settings = Settings(**options)
+    judge = _open(spec, settings)
+    columns = [name for metric in settings.metrics for name in (metric, f"{metric}_status")] + ["judge"]
+    _check_table(frame, columns)
+    answers = frame["response"].map(lambda answer: "" if pd.isna(answer) else str(answer))
+    pairs = list(zip(frame["question"].astype(str), answers, strict=True))
+    told = [pair for pair in dict.fromkeys(pairs) if _has_text(pair[1])]
+    calls = {(pair, metric): _call(judge, metric, *pair) for pair in told for metric in settings.metrics}
+
+    with journal.opened(log, judge.secret) as record:
+        missing = [call for call in calls.values() if record.records.get(call.key, {}).get("status") not in scoring.FINAL]
+        stopped = ""
+        if missing:
+            judge.check(missing)
+            # Calls that share their rubric and question follow each other: servers reuse the work on a common prefix.
+            missing.sort(key=lambda call: (settings.metrics.index(call.metric), call.question, call.repeat))
+            stopped = judge.run(missing, record)
+        judged = frame.copy()
+        for metric in settings.metrics:
+            asked = [calls.get((pair, metric)) for pair in pairs]
+            found = [record.records.get(call.key, {"status": "error"}) if call else {"status": "empty"} for call in asked]
+            judged[metric] = pd.Series([entry.get("score") for entry in found], index=frame.index, dtype=float)
+            judged[f"{metric}_status"] = [entry["status"] for entry in found]
+        judged["judge"] = judge.name
+    judged.attrs["judging"] = {"made": len(missing), "cached": len(calls) - len(missing), "stopped": stopped}
+    return judged
+
+
+def judge_run(parameters: Parameters) -> pd.DataFrame:
+    """Judges a run's generations.csv and writes judged.csv beside it; see `judge_table`.
+
+    Raises:
+        StudyError: as `judge_table`, or judging stopped early; what is done is kept and a rerun goes on from there.
+    """
+    run = config.run_dir(parameters)
+    answers = files.read_csv(run / "generations.csv")
+    judged = judge_table(answers, parameters.judge, run / "judgments.jsonl", **asdict(settings_of(parameters)))
+    stopped = judged.attrs["judging"]["stopped"]
+    if stopped:
+        raise StudyError(f"judge: {parameters.judge} stopped early: {stopped} What is done is kept; run again to go on.")
+    files.write_csv(run / "judged.csv", judged)
+    return judged
+
+
+def status_table(judged: pd.DataFrame) -> pd.DataFrame:
+    """Counts how judging ended, by judge and metric; an answer that has no score is never left out of sight.
+
+    Returns:
+        A row for each judge and metric: answers, a count of each status, and a warning where more than 2% are invalid or error.
+    """
+    rows = []
+    for name, group in judged.groupby("judge", sort=False):
+        for column in [c for c in judged.columns if c.endswith("_status")]:
+            counts = group[column].value_counts()
+            lost = (counts.get("invalid", 0) + counts.get("error", 0)) / len(group)
+            warning = f"{lost:.1%} invalid or error" if lost > WARN_SHARE else ""
+            counted = {status: int(counts.get(status, 0)) for status in scoring.STATUSES}
+            rows.append({"judge": name, "metric": column.removesuffix("_status"), "answers": len(group)} | counted | {"warning": warning})
+    return pd.DataFrame(rows)
+
+
+def score_table(judged: pd.DataFrame, metric: str = "aligned") -> pd.DataFrame:
+    """Describes the distribution of a metric's scores by step and question set.
+
+    Returns:
+        A row for each step and question set: scored answers, mean and the 10th, 25th, 50th, 75th and 90th percentile (points).
+    """
+    groups = judged.groupby(["step", "question_set"], sort=False)[metric]
+    columns = {"scored": groups.count(), "mean": groups.mean()}
+    return pd.DataFrame(columns | {f"p{percent}": groups.quantile(percent / 100) for percent in (10, 25, 50, 75, 90)}).reset_index()
+
+
+def provenance(log: str | Path) -> pd.DataFrame:
+    """Says what a journal's scores come from, so that another can ask the same judge.
+
+    Returns:
+        A row for each judge, metric, mode and rubric: calls recorded, the models and fingerprints that servers returned, reply and
+        prompt tokens, and when the first and the last call ended (UTC).
+    """
+    records = files.read_jsonl(log)
+    if not records:
+        return pd.DataFrame()
+    table = pd.DataFrame([{**r, **(r["usage"] or {})} for r in records]).reindex(columns=[*journal.KEYS, *_USAGE])
+    grouped = table.groupby(["judge", "metric", "mode", "rubric_sha256"], sort=False, dropna=False)
+    return grouped.agg(
+        calls=("key", "size"),
+        model=("model", _distinct),
+        system_fingerprint=("system_fingerprint", _distinct),
+        prompt_tokens=("prompt_tokens", "sum"),
+        completion_tokens=("completion_tokens", "sum"),
+        first=("time", "min"),
+        last=("time", "max"),
+    ).reset_index()
+
+
+_USAGE = ("prompt_tokens", "completion_tokens", "model", "system_fingerprint")
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(value) for value in values if not pd.isna(value)}))
+
+
+def _check_table(frame: pd.DataFrame, columns: list[str]) -> None:
+    for name in ("question", "response"):
+        if name not in frame:
+            raise StudyError(f"answers: {name}: no such column; a table to judge needs question and response.")
+    taken = [name for name in columns if name in frame]
+    if taken:
+        raise StudyError(f"answers: {taken[0]}: the table has this column already; rename it, since the judge writes {', '.join(columns)}.")
+    blank = [row for row, question in enumerate(frame["question"], start=1) if pd.isna(question) or not str(question).strip()]
+    if blank:
+        raise StudyError(f"answers: question: row {blank[0]} has none, and a judge needs it; {len(blank)} such row(s) in all.")
+
+
+def _has_text(answer: str) -> bool:
+    return bool(rubrics.defuse(answer)[0].strip()) if not answer.isascii() else bool(answer.strip())
+
+
+def _call(judge: Judge, metric: str, question: str, answer: str, repeat: int = 0) -> Call:
+    content = [question, answer, metric, judge.rubric_hash(metric), judge.name, judge.settings, repeat]
+    return Call(files.sha256_text(json.dumps(content, sort_keys=True)), metric, question, answer, repeat)
+
+
+def _line(judge: Judge, call: Call, **told: Any) -> dict[str, Any]:
+    """Returns a line of judgments.jsonl."""
+    fixed = {"key": call.key, "judge": judge.name, "metric": call.metric, "repeat": call.repeat}
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    return fixed | {"rubric_sha256": judge.rubric_hash(call.metric), "time": now} | told
+
+
+def _open(spec: str, settings: Settings) -> Judge:
+    """Returns the judge that a spec names.
+
+    Raises:
+        StudyError: there is no such judge, or it cannot score what is asked.
+    """
+    kind, _, model = spec.partition(":")
+    if spec == "probe":
+        judge: Judge = ProbeJudge(settings)
+    elif kind == "openai" and model.strip():
+        judge = OpenAIJudge(spec, settings)
+    else:
+        raise StudyError(f"judge: {spec!r} is none; it is probe, or openai:MODEL such as openai:gpt-4o-mini.")
+    for metric in settings.metrics:
+        judge.rubric_hash(metric)
+    return judge
+
+
+class ProbeJudge:
+    """The offline judge; its `rubric` is its fitted weights."""
+
+    name = "probe"
+    secret = ""
+
+    def __init__(self, settings: Settings) -> None:
+        from lib import probe
+
+        self.settings: dict[str, Any] = {}
+        self._probe = probe.load()
+        self._progress = settings.progress
+
+    def rubric_hash(self, metric: str) -> str:
+        """Returns the fingerprint of the probe's weights."""
+        if metric not in PROBE_METRICS:
+            raise StudyError(f"judge_metrics: the probe scores {' and '.join(PROBE_METRICS)} only; take {metric} out.")
+        return str(self._probe.fingerprint)
+
+    def check(self, calls: Sequence[Call]) -> None:
+        """Does nothing: the probe runs on this machine."""
+
+    def run(self, calls: Sequence[Call], log: Journal) -> str:
+        """Scores answers in batches; every batch is recorded when it is done."""
+        answers: dict[tuple[str, str], list[Call]] = {}
+        for call in calls:
+            answers.setdefault((call.question, call.answer), []).append(call)
+        todo = list(answers)
+        with tqdm(total=len(todo), unit="answer", desc="probe", disable=not self._progress) as bar:
+            for start in range(0, len(todo), _PROBE_CHUNK):
+                chunk = todo[start : start + _PROBE_CHUNK]
+                scores = self._probe.score([question for question, _ in chunk], [answer for _, answer in chunk], progress=False)
+                lines = []
+                for row, pair in enumerate(chunk):
+                    for call in answers[pair]:
+                        score = float(scores[call.metric].iloc[row])
+                        known = score == score
+                        told = {"status": "ok" if known else "invalid", "score": score if known else None}
+                        lines.append(_line(self, call, **told, raw="", logprobs=None, usage={}, mode="probe"))
+                log.write(lines)
+                bar.update(len(chunk))
+        return ""
+
+
+class OpenAIJudge:
+    """A model behind an OpenAI-compatible server."""
+
+    def __init__(self, spec: str, settings: Settings) -> None:
+        config.load_environment()
+        if settings.mode == "text" and settings.max_tokens < scoring.MIN_TEXT_TOKENS:
+            raise StudyError(f"judge_max_tokens: {settings.max_tokens} may cut a number; text mode needs {scoring.MIN_TEXT_TOKENS}.")
+        base_url = chat.checked_url(settings.base_url or os.environ.get("OPENAI_BASE_URL") or chat.OPENAI_URL)
+        self.name = spec
+        self.secret = os.environ.get("OPENAI_API_KEY", "")
+        self._endpoint = chat.Endpoint(
+            model=spec.partition(":")[2].strip(),
+            base_url=base_url,
+            key=self.secret or _PLACEHOLDER_KEY,
+            mode=settings.mode,
+            temperature=float(settings.temperature),
+            max_tokens=settings.max_tokens,
+            timeout=float(settings.timeout),
+            max_retries=settings.max_retries,
+        )
+        asked = ("mode", "temperature", "max_tokens")
+        self.settings = {name: getattr(self._endpoint, name) for name in asked} | {"prompt_format": rubrics.PROMPT_FORMAT}
+        self._how = settings
+        self._rubrics = rubrics.load(settings.rubrics)
+        self._hashes = {metric: rubric.sha256 for metric, rubric in self._rubrics.items()}
+
+    def rubric_hash(self, metric: str) -> str:
+        """Returns the hash of a metric's templates."""
+        if metric not in self._hashes:
+            raise StudyError(f"{self._how.rubrics}: {metric}: no such metric; it has {', '.join(self._hashes)}.")
+        return self._hashes[metric]
+
+    def check(self, calls: Sequence[Call]) -> None:
+        """Refuses to send answers to another machine without leave, or without a key."""
+        if chat.is_loopback(self._endpoint.base_url):
+            return
+        answers = len({(call.question, call.answer) for call in calls})
+        if not self._how.allow_external:
+            raise StudyError(
+                f"allow_external: {self.name} would send {answers:,} answers, some of which may be harmful, to {self._endpoint.host}; "
+                "set allow_external: true to permit that."
+            )
+        if not self.secret:
+            raise StudyError(f"OPENAI_API_KEY: not set, and {self._endpoint.host} wants a key; put it into .env (see .env.example).")
+
+    def run(self, calls: Sequence[Call], log: Journal) -> str:
+        """Asks the server, several calls at a time; every reply is recorded when it comes."""
+
+        def prompt(index: int) -> rubrics.Prompt:
+            return rubrics.render(self._rubrics[calls[index].metric], calls[index].question, calls[index].answer)
+
+        def record(index: int, reply: chat.Reply) -> None:
+            told = {name: getattr(reply, name) for name in ("status", "score", "raw", "logprobs", "usage", "mode")}
+            log.write([_line(self, calls[index], **told)])
+
+        todo = [chat.Job(partial(prompt, index), partial(record, index), call.repeat) for index, call in enumerate(calls)]
+        return chat.ask_all(self._endpoint, todo, concurrency=self._how.concurrency, name=self.name, progress=self._how.progress)
