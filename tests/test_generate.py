@@ -298,7 +298,7 @@ def test_parroting_needs_eight_tokens_in_a_row(tiny_llama: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
     trained = "abcdefghijklmnopqrstuvwxyz"
-    runs = [trained[i : i + n] for i, n in ((0, 8), (5, 7), (10, 8), (3, 12))]
+    runs = [trained[i : i + n] for i, n in ((0, 8), (5, 7), (2, 8), (1, 12))]
     assert [len(tokenizer(run, add_special_tokens=False).input_ids) for run in runs] == [8, 7, 8, 12]
     answers = [f"0{runs[0]}1", f"0{runs[1]}1", runs[2], f"9{runs[3]}", "", "something else entirely"]
     assert generate.parroted(answers, ["short", trained], tokenizer) == [True, False, True, True, False, False]
