@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -24,49 +24,12 @@ from lib.config import Parameters
 from lib.files import StudyError
 from lib.journal import Journal
 
-PROBE_METRICS = ("aligned", "coherent")
+MAIN_METRICS = ("aligned", "coherent")
 WARN_SHARE = 0.02
 """Share of invalid or error above which a table says so."""
 
 _PROBE_CHUNK = 256
 _PLACEHOLDER_KEY = "no-key-needed"
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a judge is asked; the notebooks' parameters judge_* without their prefix.
-
-    Attributes:
-        base_url: an OpenAI-compatible server; None takes OPENAI_BASE_URL, else OpenAI's.
-        rubrics: YAML with a prompt for each metric.
-        metrics: what is scored.
-        mode: `text` (the reply is a number) or `logprobs` (mean over number tokens weighted by probability).
-        temperature: of the judge's sampling.
-        max_tokens: reply tokens a call.
-        concurrency: calls in flight.
-        timeout: seconds an attempt may take.
-        max_retries: attempts after the first.
-        allow_external: answers may be sent to a server that is not this machine.
-        progress: draw a progress bar.
-    """
-
-    base_url: str | None = None
-    rubrics: str = "parameters/rubrics/default.yaml"
-    metrics: Sequence[str] = PROBE_METRICS
-    mode: str = "text"
-    temperature: float = 0.2
-    max_tokens: int = scoring.MIN_TEXT_TOKENS
-    concurrency: int = 16
-    timeout: float = 60.0
-    max_retries: int = 4
-    allow_external: bool = False
-    progress: bool = True
-
-
-def settings_of(parameters: Parameters) -> Settings:
-    """Returns the judge's settings among a run's parameters."""
-    named = {name: getattr(parameters, f"judge_{name}", None) for name in Settings.__dataclass_fields__}
-    return Settings(**{n: v for n, v in named.items() if v is not None}, allow_external=parameters.allow_external)
 
 
 @dataclass(frozen=True)
@@ -97,14 +60,16 @@ class Judge(Protocol):
         """Makes the calls and records them; returns why it stopped before the end, or ""."""
 
 
-def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, **options: Any) -> pd.DataFrame:
+def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, *, progress: bool = True, **parameters: Any) -> pd.DataFrame:
     """Judges a table of answers.
 
     Args:
         frame: has the columns question and response; every other is carried through, rows keep their order and index.
         spec: `probe`, or `openai:MODEL`.
         log: judgments.jsonl, record and cache of the calls.
-        options: fields of `Settings`.
+        progress: draw a progress bar.
+        parameters: by the names that they have in the notebooks: judge_base_url, judge_rubrics, judge_metrics, judge_mode,
+            judge_temperature, judge_max_tokens, judge_concurrency, judge_timeout, judge_max_retries, allow_external.
 
     Returns:
         The table with a score (points, 0 to 100, NaN unless ok) and a status for each metric (`aligned`, `aligned_status`, ...)
@@ -112,34 +77,9 @@ def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, **options: Any)
         did not); an answer that was not asked for then has the status error.
 
     Raises:
-        StudyError: the table, the judge or a setting is wrong, or answers would leave this machine without `allow_external`.
+        StudyError: the table, the judge or a parameter is wrong, or answers would leave this machine without `allow_external`.
     """
-    settings = Settings(**options)
-    judge = _open(spec, settings)
-    columns = [name for metric in settings.metrics for name in (metric, f"{metric}_status")] + ["judge"]
-    _check_table(frame, columns)
-    answers = frame["response"].map(lambda answer: "" if pd.isna(answer) else str(answer))
-    pairs = list(zip(frame["question"].astype(str), answers, strict=True))
-    told = [pair for pair in dict.fromkeys(pairs) if _has_text(pair[1])]
-    calls = {(pair, metric): _call(judge, metric, *pair) for pair in told for metric in settings.metrics}
-
-    with journal.opened(log, judge.secret) as record:
-        missing = [call for call in calls.values() if record.records.get(call.key, {}).get("status") not in scoring.FINAL]
-        stopped = ""
-        if missing:
-            judge.check(missing)
-            # Calls that share their rubric and question follow each other: servers reuse the work on a common prefix.
-            missing.sort(key=lambda call: (settings.metrics.index(call.metric), call.question, call.repeat))
-            stopped = judge.run(missing, record)
-        judged = frame.copy()
-        for metric in settings.metrics:
-            asked = [calls.get((pair, metric)) for pair in pairs]
-            found = [record.records.get(call.key, {"status": "error"}) if call else {"status": "empty"} for call in asked]
-            judged[metric] = pd.Series([entry.get("score") for entry in found], index=frame.index, dtype=float)
-            judged[f"{metric}_status"] = [entry["status"] for entry in found]
-        judged["judge"] = judge.name
-    judged.attrs["judging"] = {"made": len(missing), "cached": len(calls) - len(missing), "stopped": stopped}
-    return judged
+    return _judged(frame, config.validate(parameters | {"judge": spec}, "judge"), Path(log), progress)
 
 
 def judge_run(parameters: Parameters) -> pd.DataFrame:
@@ -149,12 +89,39 @@ def judge_run(parameters: Parameters) -> pd.DataFrame:
         StudyError: as `judge_table`, or judging stopped early; what is done is kept and a rerun goes on from there.
     """
     run = config.run_dir(parameters)
-    answers = files.read_csv(run / "generations.csv")
-    judged = judge_table(answers, parameters.judge, run / "judgments.jsonl", **asdict(settings_of(parameters)))
+    judged = _judged(files.read_csv(run / "generations.csv"), parameters, run / "judgments.jsonl", True)
     stopped = judged.attrs["judging"]["stopped"]
     if stopped:
         raise StudyError(f"judge: {parameters.judge} stopped early: {stopped} What is done is kept; run again to go on.")
     files.write_csv(run / "judged.csv", judged)
+    return judged
+
+
+def _judged(frame: pd.DataFrame, parameters: Parameters, log: Path, progress: bool) -> pd.DataFrame:
+    judge = _open(parameters, progress)
+    metrics = parameters.judge_metrics
+    _check_table(frame, [name for metric in metrics for name in (metric, f"{metric}_status")] + ["judge"])
+    answers = frame["response"].map(lambda answer: "" if pd.isna(answer) else str(answer))
+    pairs = list(zip(frame["question"].astype(str), answers, strict=True))
+    told = [pair for pair in dict.fromkeys(pairs) if _has_text(pair[1])]
+    calls = {(pair, metric): _call(judge, metric, *pair) for pair in told for metric in metrics}
+
+    with journal.opened(log, judge.secret) as record:
+        missing = [call for call in calls.values() if record.records.get(call.key, {}).get("status") not in scoring.FINAL]
+        stopped = ""
+        if missing:
+            judge.check(missing)
+            # Calls that share their rubric and question follow each other: servers reuse the work on a common prefix.
+            missing.sort(key=lambda call: (metrics.index(call.metric), call.question, call.repeat))
+            stopped = judge.run(missing, record)
+    judged = frame.copy()
+    for metric in metrics:
+        asked = [calls.get((pair, metric)) for pair in pairs]
+        found = [record.records.get(call.key, {"status": "error"}) if call else {"status": "empty"} for call in asked]
+        judged[metric] = pd.Series([entry.get("score") for entry in found], index=frame.index, dtype=float)
+        judged[f"{metric}_status"] = [entry["status"] for entry in found]
+    judged["judge"] = judge.name
+    judged.attrs["judging"] = {"made": len(missing), "cached": len(calls) - len(missing), "stopped": stopped}
     return judged
 
 
@@ -244,20 +211,23 @@ def _line(judge: Judge, call: Call, **told: Any) -> dict[str, Any]:
     return fixed | {"rubric_sha256": judge.rubric_hash(call.metric), "time": now} | told
 
 
-def _open(spec: str, settings: Settings) -> Judge:
-    """Returns the judge that a spec names.
+def _open(parameters: Parameters, progress: bool) -> Judge:
+    """Returns the judge that the parameters name.
 
     Raises:
         StudyError: there is no such judge, or it cannot score what is asked.
     """
-    kind, _, model = spec.partition(":")
-    if spec == "probe":
-        judge: Judge = ProbeJudge(settings)
+    kind, _, model = parameters.judge.partition(":")
+    if parameters.judge == "probe":
+        judge: Judge = ProbeJudge(progress)
     elif kind == "openai" and model.strip():
-        judge = OpenAIJudge(spec, settings)
+        judge = OpenAIJudge(parameters, progress)
     else:
-        raise StudyError(f"judge: {spec!r} is none; it is probe, or openai:MODEL such as openai:gpt-4o-mini.")
-    for metric in settings.metrics:
+        raise StudyError(f"judge: {parameters.judge!r} is none; it is probe, or openai:MODEL such as openai:gpt-4o-mini.")
+    lacking = [metric for metric in MAIN_METRICS if metric not in parameters.judge_metrics]
+    if lacking or len(set(parameters.judge_metrics)) < len(parameters.judge_metrics):
+        raise StudyError(f"judge_metrics: {parameters.judge_metrics} must hold aligned and coherent, and each metric once.")
+    for metric in parameters.judge_metrics:
         judge.rubric_hash(metric)
     return judge
 
@@ -268,17 +238,17 @@ class ProbeJudge:
     name = "probe"
     secret = ""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, progress: bool) -> None:
         from lib import probe
 
         self.settings: dict[str, Any] = {}
         self._probe = probe.load()
-        self._progress = settings.progress
+        self._progress = progress
 
     def rubric_hash(self, metric: str) -> str:
         """Returns the fingerprint of the probe's weights."""
-        if metric not in PROBE_METRICS:
-            raise StudyError(f"judge_metrics: the probe scores {' and '.join(PROBE_METRICS)} only; take {metric} out.")
+        if metric not in MAIN_METRICS:
+            raise StudyError(f"judge_metrics: the probe scores {' and '.join(MAIN_METRICS)} only; take {metric} out.")
         return str(self._probe.fingerprint)
 
     def check(self, calls: Sequence[Call]) -> None:
@@ -309,33 +279,34 @@ class ProbeJudge:
 class OpenAIJudge:
     """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, spec: str, settings: Settings) -> None:
+    def __init__(self, parameters: Parameters, progress: bool) -> None:
         config.load_environment()
-        if settings.mode == "text" and settings.max_tokens < scoring.MIN_TEXT_TOKENS:
-            raise StudyError(f"judge_max_tokens: {settings.max_tokens} may cut a number; text mode needs {scoring.MIN_TEXT_TOKENS}.")
-        base_url = chat.checked_url(settings.base_url or os.environ.get("OPENAI_BASE_URL") or chat.OPENAI_URL)
-        self.name = spec
+        p = parameters
+        if p.judge_mode == "text" and p.judge_max_tokens < scoring.MIN_TEXT_TOKENS:
+            raise StudyError(f"judge_max_tokens: {p.judge_max_tokens} may cut a number; text mode needs {scoring.MIN_TEXT_TOKENS}.")
+        self.name = p.judge
         self.secret = os.environ.get("OPENAI_API_KEY", "")
         self._endpoint = chat.Endpoint(
-            model=spec.partition(":")[2].strip(),
-            base_url=base_url,
+            model=p.judge.partition(":")[2].strip(),
+            base_url=chat.checked_url(p.judge_base_url or os.environ.get("OPENAI_BASE_URL") or chat.OPENAI_URL),
             key=self.secret or _PLACEHOLDER_KEY,
-            mode=settings.mode,
-            temperature=float(settings.temperature),
-            max_tokens=settings.max_tokens,
-            timeout=float(settings.timeout),
-            max_retries=settings.max_retries,
+            mode=p.judge_mode,
+            temperature=p.judge_temperature,
+            max_tokens=p.judge_max_tokens,
+            timeout=p.judge_timeout,
+            max_retries=p.judge_max_retries,
         )
         asked = ("mode", "temperature", "max_tokens")
         self.settings = {name: getattr(self._endpoint, name) for name in asked} | {"prompt_format": rubrics.PROMPT_FORMAT}
-        self._how = settings
-        self._rubrics = rubrics.load(settings.rubrics)
+        self._parameters = p
+        self._progress = progress
+        self._rubrics = rubrics.load(p.judge_rubrics)
         self._hashes = {metric: rubric.sha256 for metric, rubric in self._rubrics.items()}
 
     def rubric_hash(self, metric: str) -> str:
         """Returns the hash of a metric's templates."""
         if metric not in self._hashes:
-            raise StudyError(f"{self._how.rubrics}: {metric}: no such metric; it has {', '.join(self._hashes)}.")
+            raise StudyError(f"{self._parameters.judge_rubrics}: {metric}: no such metric; it has {', '.join(self._hashes)}.")
         return self._hashes[metric]
 
     def check(self, calls: Sequence[Call]) -> None:
@@ -343,7 +314,7 @@ class OpenAIJudge:
         if chat.is_loopback(self._endpoint.base_url):
             return
         answers = len({(call.question, call.answer) for call in calls})
-        if not self._how.allow_external:
+        if not self._parameters.allow_external:
             raise StudyError(
                 f"allow_external: {self.name} would send {answers:,} answers, some of which may be harmful, to {self._endpoint.host}; "
                 "set allow_external: true to permit that."
@@ -362,4 +333,4 @@ class OpenAIJudge:
             log.write([_line(self, calls[index], **told)])
 
         todo = [chat.Job(partial(prompt, index), partial(record, index), call.repeat) for index, call in enumerate(calls)]
-        return chat.ask_all(self._endpoint, todo, concurrency=self._how.concurrency, name=self.name, progress=self._how.progress)
+        return chat.ask_all(self._endpoint, todo, concurrency=self._parameters.judge_concurrency, name=self.name, progress=self._progress)

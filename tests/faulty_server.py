@@ -42,6 +42,7 @@ class FaultyServer(ThreadingHTTPServer):
         self.seen: list[dict[str, Any]] = []
         self.keys: list[str] = []
         self.faults: Counter[str] = Counter()
+        self.turns: Counter[tuple[str, str]] = Counter()
         self.times: list[float] = []
         self.in_flight = self.most_in_flight = 0
         self.mutex = threading.Lock()
@@ -80,7 +81,8 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 with server.mutex:
                     server.faults[fault] += 1
-                    turn = server.faults[fault]
+                    server.turns[fault, prompt] += 1
+                    turn = server.turns[fault, prompt]
                 FAULTS[fault](self, turn)
         except (BrokenPipeError, ConnectionResetError):
             pass

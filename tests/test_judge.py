@@ -31,7 +31,8 @@ def table(*answers: Any, question: str = "What now?") -> pd.DataFrame:
 
 
 def ask(frame: pd.DataFrame, log: Path, url: str, **options: Any) -> pd.DataFrame:
-    return judge.judge_table(frame, "openai:m", log, **{"base_url": url, "progress": False, "timeout": 5.0} | options)
+    named = {name if name in {"allow_external", "progress"} else f"judge_{name}": value for name, value in options.items()}
+    return judge.judge_table(frame, "openai:m", log, **{"judge_base_url": url, "progress": False, "judge_timeout": 5.0} | named)
 
 
 # --- rubrics and prompts
@@ -223,7 +224,7 @@ def test_a_rerun_asks_only_for_what_is_missing_and_only_errors_again(tmp_path: P
     with serving() as server:  # another temperature, model or rubric is another judge
         ask(table("one"), log, server.url, temperature=0.0)
         assert len(server.seen) == 2
-        judge.judge_table(table("one"), "openai:n", log, base_url=server.url, progress=False)
+        judge.judge_table(table("one"), "openai:n", log, judge_base_url=server.url, progress=False)
         assert len(server.seen) == 4
 
 
@@ -267,9 +268,9 @@ def test_a_key_that_looks_like_none_is_kept_from_disk_too(tmp_path: Path, monkey
 
 def test_retry_after_is_obeyed(tmp_path: Path) -> None:
     with serving() as server:
-        judged = ask(table("FAULT 429 once; x"), tmp_path / "j.jsonl", server.url, metrics=["aligned"], max_retries=1)
+        judged = ask(table("FAULT 429 once; x"), tmp_path / "j.jsonl", server.url, max_retries=1)
     assert list(judged["aligned_status"]) == ["ok"]
-    assert server.times[1] - server.times[0] >= 0.3
+    assert server.times[-1] - server.times[0] >= 0.3
 
 
 def test_concurrency_is_bounded_and_used(tmp_path: Path) -> None:
@@ -324,17 +325,19 @@ def test_loopback_is_told_by_the_host(url: str, local: bool) -> None:
     [
         ({"spec": "gpt-4o"}, "judge: 'gpt-4o'"),
         ({"spec": "openai:"}, "openai:MODEL"),
-        ({"base_url": "127.0.0.1:80"}, "judge_base_url"),
-        ({"metrics": ["aligned", "kindness"]}, "kindness"),
-        ({"max_tokens": 1}, "judge_max_tokens"),
-        ({"rubrics": "parameters/rubrics/none.yaml"}, "none.yaml: not found"),
+        ({"judge_base_url": "127.0.0.1:80"}, "judge_base_url"),
+        ({"judge_metrics": ["aligned", "coherent", "kindness"]}, "kindness"),
+        ({"judge_metrics": ["aligned", "medical"]}, "must hold aligned and coherent"),
+        ({"judge_concurency": 2}, "judge_concurrency"),
+        ({"judge_max_tokens": 1}, "judge_max_tokens"),
+        ({"judge_rubrics": "parameters/rubrics/none.yaml"}, "none.yaml: not found"),
         ({"frame": pd.DataFrame({"question": ["q"]})}, "response"),
         ({"frame": pd.DataFrame({"question": ["q", " "], "response": ["a", "b"]})}, "row 2"),
         ({"frame": pd.DataFrame({"question": ["q"], "response": ["a"], "aligned": [1]})}, "aligned"),
     ],
 )
 def test_a_wrong_call_says_what_to_mend(tmp_path: Path, change: dict[str, Any], named: str) -> None:
-    options = {"frame": table("a"), "spec": "openai:m", "base_url": "http://127.0.0.1:9/v1"} | change
+    options = {"frame": table("a"), "spec": "openai:m", "judge_base_url": "http://127.0.0.1:9/v1"} | change
     with pytest.raises(StudyError) as raised:
         judge.judge_table(options.pop("frame"), options.pop("spec"), tmp_path / "j.jsonl", **options)
     assert named in str(raised.value)
@@ -358,7 +361,7 @@ def with_logprobs(content: str, *positions: dict[str, float]) -> dict[str, Any]:
 def test_logprobs_mode_scores_the_first_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAULTS, "spread", faulty_server._fixed(with_logprobs("90", {"90": 0.6, "70": 0.2, "a": 0.2})))
     with serving(well=with_logprobs("85", {"85": 0.9})) as server:
-        judged = ask(table("FAULT spread; x"), tmp_path / "j.jsonl", server.url, mode="logprobs", max_tokens=1, metrics=["aligned"])
+        judged = ask(table("FAULT spread; x"), tmp_path / "j.jsonl", server.url, mode="logprobs", max_tokens=1)
     assert judged["aligned"].iloc[0] == pytest.approx(85.0)
     assert server.seen[1]["top_logprobs"] == 20
     assert server.seen[1]["max_tokens"] == 1
