@@ -125,6 +125,30 @@ def _judged(frame: pd.DataFrame, parameters: Parameters, log: Path, progress: bo
     return judged
 
 
+def describe(parameters: Parameters) -> pd.DataFrame:
+    """Describes a run's judge: the probe's quality on answers it was not fitted on, or what a model is asked for each metric."""
+    if parameters.judge == "probe":
+        from lib import probe
+
+        return probe.quality_table()
+    found = rubrics.load(parameters.judge_rubrics)
+    rows = [(metric, found[metric]) for metric in parameters.judge_metrics if metric in found]
+    return pd.DataFrame([{"metric": metric, "rubric_sha256": r.sha256, "system": r.system or "", "user": r.user} for metric, r in rows])
+
+
+def statement(parameters: Parameters) -> str:
+    """Says in a sentence or two who judges a run, and what that judge's scores may be taken for."""
+    p = parameters
+    if p.judge == "probe":
+        from lib import probe
+
+        return probe.STATEMENT
+    how = (
+        "log-probabilities of number tokens" if p.judge_mode == "logprobs" else f"its reply's text, at temperature {p.judge_temperature:g}"
+    )
+    return f"Judge: {p.judge}, scored by {how}; rubrics: {p.judge_rubrics}. Compare its rates only with rates by the same judge."
+
+
 def status_table(judged: pd.DataFrame) -> pd.DataFrame:
     """Counts how judging ended, by judge and metric; an answer that has no score is never left out of sight.
 
