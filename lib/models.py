@@ -154,8 +154,11 @@ def commit(parameters: Parameters, base: PreTrainedModel | None = None) -> str |
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps progress bars of loading and advice meant for library authors out of notebooks; errors still show."""
+    import logging as standard
+
     from transformers.utils import logging
 
+    standard.getLogger("bitsandbytes").setLevel(standard.ERROR)  # it tells every CPU to install a kernel from the Hub
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -209,7 +212,7 @@ def load_base(parameters: Parameters) -> PreTrainedModel:
         quantisation = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
         )
-    with clear_errors(parameters):
+    with quiet(), clear_errors(parameters):
         model = AutoModelForCausalLM.from_pretrained(
             source(parameters),
             revision=parameters.model_revision,
