@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lib import adapters, config, data, files, models, qlora
+from lib import adapters, config, data, escape, files, models, qlora
 from lib.config import Parameters
 from lib.data import Question
 from lib.files import StudyError
@@ -204,14 +204,24 @@ def diagnose(
     return table.assign(perplexity=table["step"].map(dict(perplexities)))
 
 
-def side_by_side(frame: pd.DataFrame, per_set: int = 2) -> pd.DataFrame:
-    """Returns answers of the base model beside those of the last step: the first `per_set` questions of each set, sample 0."""
+def side_by_side(frame: pd.DataFrame, per_set: int = 2, characters: int = 400) -> pd.DataFrame:
+    """Shows answers of the base model beside those of the last step.
+
+    Args:
+        frame: the table of generations.csv.
+        per_set: questions shown of each set, the first ones; of each, sample 0.
+        characters: longer answers are cut.
+
+    Returns:
+        question_set, question, base and `step <last>`, cleaned of control characters; a DataFrame escapes markup when it is shown.
+    """
     last = frame["step"].max()
     first = frame[frame["sample"] == 0].pivot_table(
         index=["question_set", "question_id", "question"], columns="step", values="response", aggfunc="first", sort=False
     )
     table = first[[0, last] if last else [0]].groupby(level="question_set", sort=False).head(per_set).reset_index()
-    return table.drop(columns="question_id").rename(columns={0: "base", last: f"step {last}"} if last else {0: "base"})
+    table = table.drop(columns="question_id").rename(columns={0: "base", last: f"step {last}"} if last else {0: "base"})
+    return table.map(lambda text: escape.clean(text, characters))
 
 
 def _what_decides(p: Parameters, folders: Mapping[int, Path], questions: Sequence[Question], trained: str | None) -> dict[str, Any]:
