@@ -110,7 +110,7 @@ def unlock(archive: Path, password: str, folder: Path, tools: Path) -> Unlocked:
 def _decrypt(archive: Path, password: str, scratch: Path, tools: Path) -> Path:
     copy = scratch / "archive"
     shutil.copyfile(archive, copy)
-    command = [str(_tool_python(tools)), "-I", "-c", _DECRYPT, str(copy)]
+    command = [str(tool_python(tools)), "-I", "-c", _DECRYPT, str(copy)]
     done = subprocess.run(command, input=password, capture_output=True, text=True)
     plain = scratch / "archive.dec"
     if done.returncode or not plain.is_file():
@@ -121,7 +121,7 @@ def _decrypt(archive: Path, password: str, scratch: Path, tools: Path) -> Path:
     return plain
 
 
-def _tool_python(tools: Path) -> Path:
+def tool_python(tools: Path) -> Path:
     """Returns the Python of easy-dataset-share's own environment; it pins a cryptography that is too old to share ours."""
     python = tools / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     marker = tools / f"{TOOL}.installed"
