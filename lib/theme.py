@@ -1,0 +1,228 @@
+"""The look of every figure, and how figures become files: one Plotly template, self-contained HTML, PNG at twice the size.
+
+Colours are Okabe and Ito's, told apart by people with any colour vision and in grey print by marker and dash. This module knows
+nothing of the study's tables; it sits beneath config.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+import plotly.io as pio
+
+from lib import files
+from lib.escape import wrap
+
+WIDTH = 1100
+"""Width of a figure in CSS pixels; a PNG has twice as many."""
+BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, YELLOW, GREY, INK = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#F0E442",
+    "#6E6E6E",
+    "#222222",
+)
+COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
+DOMAIN_COLOURS = {"bad_medical": BLUE, "risky_financial": VERMILION, "extreme_sports": GREEN, "custom": PINK}
+_FONT = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
+_TITLE_SIZE, _SUBTITLE_SIZE = 18, 13
+_CONFIG = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"scale": 2}}
+
+NO_CHROME = (
+    "No Chrome or Chromium was found, so figures were written as HTML only. For PNGs install one "
+    "(Debian: apt-get install chromium; anywhere: plotly_get_chrome) and run again."
+)
+
+# Nothing on a page may be fetched or sent: scripts and styles are those in the page itself.
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; font-src data:; "
+    "form-action 'none'; base-uri 'none'"
+)
+_STYLE = f"""
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 {_FONT}; margin: 0 auto; padding: 1.5rem; max-width: {WIDTH}px; color: {INK}; background: #fff; }}
+a {{ color: {BLUE}; }}
+@media (prefers-color-scheme: dark) {{ body {{ color: #e8e8e8; background: #161616; }} a {{ color: {SKY}; }} }}
+.figure {{ background: #fff; border-radius: 6px; overflow-x: auto; }}
+"""
+
+
+def _template() -> go.layout.Template:
+    axis = {
+        "gridcolor": "#E6E6E6",
+        "linecolor": "#8C8C8C",
+        "zerolinecolor": "#BDBDBD",
+        "ticks": "outside",
+        "tickcolor": "#8C8C8C",
+        "ticklen": 4,
+        "showline": True,
+        "title": {"standoff": 8, "font": {"size": 14}},
+        "automargin": True,
+    }
+    return go.layout.Template(
+        layout={
+            "font": {"family": _FONT, "size": 13, "color": INK},
+            "title": {
+                "x": 0,
+                "xref": "container",
+                "xanchor": "left",
+                "yref": "container",
+                "yanchor": "top",
+                "pad": {"l": 16},
+                "font": {"size": _TITLE_SIZE, "weight": 600},
+            },
+            "colorway": list(COLOURS),
+            "paper_bgcolor": "#FFFFFF",
+            "plot_bgcolor": "#FFFFFF",
+            "width": WIDTH,
+            "xaxis": axis,
+            "yaxis": axis,
+            "hoverlabel": {"align": "left", "bgcolor": "#FFFFFF", "bordercolor": "#8C8C8C", "font": {"size": 13, "color": INK}},
+            "hovermode": "closest",
+            "legend": {"orientation": "h", "yanchor": "top", "xanchor": "left", "x": 0, "font": {"size": 13}},
+            "margin": {"l": 70, "r": 24, "b": 60, "t": 80},
+        }
+    )
+
+
+pio.templates["study"] = _template()
+
+
+def titled(figure: go.Figure, title: str, subtitle: str = "", *, height: int, gap: int = 34) -> go.Figure:
+    """Gives a figure its template, a title wrapped so that nothing is cut, and the height that both need.
+
+    Args:
+        figure: changed in place.
+        title: the finding, already escaped; plain text without tags.
+        subtitle: what the figure shows, by which judge, what the bars are; escaped.
+        height: pixels of everything below the title block.
+        gap: pixels between the title block and the plot, for panel titles.
+    """
+    width = figure.layout.width or WIDTH
+    head = _wrapped(title, int(width / (_TITLE_SIZE * 0.56)))
+    sub = _wrapped(subtitle, int(width / (_SUBTITLE_SIZE * 0.49))) if subtitle else []
+    # plotly.js spaces every line of a title by the title's own size, whatever the size of a span in it.
+    top = 20 + (len(head) + len(sub)) * _TITLE_SIZE * 1.3 + gap
+    figure.update_layout(template="study", width=width, height=int(top + height), margin_t=int(top), title_y=1 - 20 / (top + height))
+    lines = [*head, *(f'<span style="font-size:{_SUBTITLE_SIZE}px;font-weight:400;color:#444">{line}</span>' for line in sub)]
+    figure.update_layout(title_text="<br>".join(lines))
+    return figure
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Wraps escaped text by its visible length, so that no entity is broken in two."""
+    return [html.escape(line, quote=False) for line in wrap(html.unescape(text), width)]
+
+
+def page(title: str, body: str, *, head: str = "") -> str:
+    """Returns a whole HTML page that fetches nothing, is not indexed, and states so in its content security policy.
+
+    Args:
+        title: plain text; escaped here.
+        body: HTML whose texts the caller has escaped.
+        head: further HTML for the head, such as styles.
+    """
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="robots" content="noindex">\n'
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n{head}</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def figure_html(figure: go.Figure, name: str, *, plotlyjs: bool = True) -> str:
+    """Returns a figure as a piece of HTML; the same figure gives the same text.
+
+    Args:
+        figure: any figure.
+        name: id of its element.
+        plotlyjs: put the 5 MB of plotly.js in; a page with several figures needs it once.
+    """
+    inner = figure.to_html(full_html=False, include_plotlyjs=plotlyjs, include_mathjax=False, div_id=name, config=_CONFIG)
+    return f'<div class="figure">{inner}</div>'
+
+
+def pngs(figures: Mapping[str, go.Figure], *, scale: float = 2) -> dict[str, bytes]:
+    """Draws figures as PNG in one session of Chrome, since each start takes seconds.
+
+    Returns:
+        Name to PNG; empty, with one plain message printed, where no Chrome is found or it does not start.
+    """
+    import kaleido
+    from kaleido.errors import BrowserClosedError, BrowserFailedError, ChromeNotFoundError
+
+    if not figures:
+        return {}
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = {name: Path(scratch) / f"{position}.png" for position, name in enumerate(figures)}
+        jobs = []
+        for name, figure in figures.items():
+            size = {"width": figure.layout.width, "height": figure.layout.height}
+            jobs.append({"fig": figure, "path": paths[name], "opts": {"format": "png", "scale": scale, **size}})
+        try:
+            # MathJax would be fetched from the network; no figure needs it.
+            problems = kaleido.write_fig_from_object_sync(jobs, kopts={"mathjax": False})
+        except ChromeNotFoundError:
+            print(NO_CHROME)
+            return {}
+        except (BrowserClosedError, BrowserFailedError) as error:
+            print(f"Chrome did not start, so figures were written as HTML only ({' '.join(str(error).split())[:200]}).")
+            return {}
+        for problem in problems or ():
+            print(f"A figure could not be drawn as PNG: {' '.join(str(problem).split())[:200]}")
+        return {name: path.read_bytes() for name, path in paths.items() if path.is_file() and path.stat().st_size}
+
+
+def write(folder: str | Path, figures: Mapping[str, go.Figure], pages: Mapping[str, str] | None = None) -> list[Path]:
+    """Writes NAME.html (self-contained, offline) and NAME.png (twice the size) for every figure, whole or not at all.
+
+    Args:
+        folder: made if absent.
+        figures: name to figure.
+        pages: name to HTML body, taken in place of the interactive figure where a table reads better as a table.
+
+    Returns:
+        The files written, sorted. Without a Chrome there are no PNGs; an older PNG of the same name is then deleted, since it
+        would show other numbers.
+    """
+    folder, pages = Path(folder), pages or {}
+    written = []
+    images = pngs(figures)
+    for name, figure in figures.items():
+        body = pages.get(name) or figure_html(figure, name)
+        written.append(files.write_text(folder / f"{name}.html", page(name.replace("_", " "), body)))
+        if name in images:
+            written.append(files.write_bytes(folder / f"{name}.png", images[name]))
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+    return sorted(written)
+
+
+def show(figures: Mapping[str, go.Figure]) -> None:
+    """Shows figures in a notebook, each as interactive figure and as PNG in one output.
+
+    JupyterLab draws the interactive one without a network; a reader that cannot (GitHub, a PDF) takes the image, and one with
+    neither takes the title as text. The notebook grows by the figure's data and a PNG, not by plotly.js.
+    """
+    from IPython.display import display
+
+    images = pngs(figures, scale=1.5)
+    for name, figure in figures.items():
+        bundle: dict[str, Any] = {
+            "application/vnd.plotly.v1+json": {**json.loads(figure.to_json()), "config": _CONFIG},
+            "text/plain": html.unescape((figure.layout.title.text or name).replace("<br>", " ")),
+        }
+        if name in images:
+            bundle["image/png"] = base64.b64encode(images[name]).decode("ascii")
+        display(bundle, raw=True)
