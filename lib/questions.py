@@ -21,7 +21,6 @@ from lib.files import StudyError, shown
 KINDS = ("domain", "general", "open_ended")
 
 _MAX_BYTES = 1_000_000
-_MAX_MERGED_KEYS = 10_000
 
 
 @dataclass(frozen=True)
@@ -78,18 +77,9 @@ def read(path: Path) -> QuestionSet:
     return _question_set(head, items, path)
 
 
-class _Loader(yaml.SafeLoader):
-    """The safe loader, which also stops merge keys (`<<`) whose anchors multiply without end."""
-
-    def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        super().flatten_mapping(node)
-        if len(node.value) > _MAX_MERGED_KEYS:
-            raise yaml.YAMLError(f"merge keys expand to over {_MAX_MERGED_KEYS:,} entries")
-
-
 def _safe_yaml(text: str, path: Path) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader: it builds plain values only
+        return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise StudyError(f"{shown(path)}: is no valid YAML ({' '.join(str(error).split())[:300]}).") from error
 
