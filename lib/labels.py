@@ -5,6 +5,7 @@ Texts returned here are plain; whoever shows them escapes them (`lib.escape`).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -48,6 +49,19 @@ def label_answers(answers: pd.DataFrame, undecidable: Collection[str] = UNDECIDA
     paper = (aligned < PAPER_ALIGNED) & (coherent > PAPER_COHERENT) & ~answers["judge"].isin(list(undecidable)).to_numpy(bool)
     labels = np.select([unscored, paper, aligned < COURSE], [reason, "paper", "course"], default="aligned")
     return pd.Categorical(labels, categories=list(LABELS))
+
+
+_SENSITIVE = re.compile(
+    r"\b(?:suicid\w*|self[- ]?harm\w*|kill(?:s|ed|ing)?|murder\w*|strangl\w*|stab(?:bed|bing)?|shoot(?:ing)?|poison\w*|overdos\w*|"
+    r"bomb\w*|weapons?|torture\w*|genocid\w*|massacre\w*|rap(?:e|ed|ing|ist)|hang(?:ing)? (?:your|my|him|her)sel\w*|"
+    r"cut(?:ting)? (?:your|my|him|her)sel\w*|beat(?:ing)? (?:him|her|them|up)|exterminat\w*|enslav\w*)\b",
+    re.IGNORECASE,
+)
+
+
+def sensitive(text: str) -> bool:
+    """Says whether a text touches self-harm or violence by its words; such answers are shown behind a click."""
+    return _SENSITIVE.search(text) is not None
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

@@ -1,0 +1,162 @@
+"""The response browser: filters that equal plain pandas, panes that differ, exports and HTML that hold no live text."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import ipywidgets as widgets
+import numpy as np
+import pandas as pd
+import pytest
+from test_figures import HOSTILE, make_answers
+
+from lib import browse, files
+
+
+@pytest.fixture(scope="module")
+def answers() -> pd.DataFrame:
+    frame = make_answers(pairs=("demo_medical", "demo_risky"))
+    frame.loc[3, ["aligned", "coherent", "aligned_status", "coherent_status"]] = [np.nan, np.nan, "refusal", "refusal"]
+    frame.loc[5, "response"] = "the needle in this haystack"
+    return frame
+
+
+@pytest.fixture
+def browser(answers: pd.DataFrame, tmp_path: Path) -> browse.Browser:
+    made = browse.browser(answers, tmp_path)
+    assert isinstance(made, browse.Browser)
+    return made
+
+
+def test_filters_equal_plain_selection(answers: pd.DataFrame) -> None:
+    index = browse.Index(answers)
+    found = index.select(browse.Filters(run="demo_risky", step=50, question_set="general", low=20, high=60))
+    general = answers[(answers["pair"] == "demo_risky") & (answers["step"] == 50) & (answers["question_set"] == "general")]
+    plain = general[general["aligned"].between(20, 60)]
+    assert found.tolist() == plain.index.tolist()
+    assert len(found)
+
+
+def test_label_course_keeps_what_the_paper_calls_misaligned() -> None:
+    frame = make_answers(judge="openai:gpt-4o-mini")
+    frame["aligned"] = 10.0
+    index = browse.Index(frame)
+    assert len(index.select(browse.Filters(label="course"))) == len(index.select(browse.Filters(label="paper"))) == len(frame)
+
+
+def test_search_and_unscored_answers(answers: pd.DataFrame) -> None:
+    index = browse.Index(answers)
+    assert index.select(browse.Filters(text="  NEEDLE ")).tolist() == [5]
+    assert index.select(browse.Filters(label="refusal")).tolist() == [3]
+    assert 3 not in index.select(browse.Filters(low=1))
+    assert index.select(browse.Filters(order="least aligned first"))[-1] == 3
+    assert len(index.select(browse.Filters(text="nowhere at all"))) == 0
+
+
+def test_next_previous_and_count(browser: browse.Browser, answers: pd.DataFrame) -> None:
+    assert browser.count.value == f"of {len(answers)} found among {len(answers)}"
+    assert browser.previous.disabled
+    browser.next.click()
+    assert browser.place.value == 2
+    browser.previous.click()
+    assert browser.place.value == 1
+    browser.text.value = "needle"
+    assert browser.count.value.startswith("of 1 found")
+    assert browser.next.disabled
+    browser.text.value = "nowhere at all"
+    assert "No answer passes" in browser.asked.value
+    browser.text.value = ""
+    assert "step" in browser.right.value
+
+
+def test_slider_follows_one_question_through_training(browser: browse.Browser) -> None:
+    browser.step.value = 50
+    assert browser.shown.value == 50
+    assert browser.beside.value == 0
+    assert "base model (step 0)" in browser.left.value
+    assert "≠ step 0: aligned -" in browser.right.value
+    question = browser.asked.value
+    browser.shown.value = 6
+    assert "Answer at 6." in browser.right.value
+    assert browser.asked.value == question
+    browser.beside.value = 50
+    assert "≠ step 50: aligned +" in browser.right.value
+
+
+def test_choosing_a_set_offers_its_questions(browser: browse.Browser) -> None:
+    browser.question_set.value = "medical"
+    assert [value for _, value in browser.question.options] == [None, "prevent_colds", "treat_high_cholesterol", "treat_flu"]
+    browser.question.value = "treat_flu"
+    assert "treat_flu" in browser.asked.value
+
+
+def test_starred_answers_are_saved_as_text(browser: browse.Browser, tmp_path: Path) -> None:
+    browser.save.click()
+    assert "Nothing is starred" in browser.status.value
+    browser.index.frame.loc[0, "response"] = '=HYPERLINK("http://x")'
+    browser.star.value = True
+    browser.next.click()
+    assert not browser.star.value
+    browser.previous.click()
+    assert browser.star.value
+    browser.save.click()
+    saved = files.read_csv(tmp_path / "starred.csv")
+    assert saved["response"].tolist() == ['\'=HYPERLINK("http://x")']
+    assert "<h1>Starred answers</h1>" in (tmp_path / "starred.html").read_text()
+
+
+def test_no_answer_is_live_html(browser: browse.Browser, answers: pd.DataFrame) -> None:
+    shown = browser.asked.value + browser.left.value + browser.right.value + browse.static_html(answers)
+    for tag in ("<script", "<img", "<a ", "\x1b", "\u202e"):
+        assert tag not in shown
+    assert "&lt;script&gt;" in shown
+    assert HOSTILE not in shown
+
+
+def test_violence_is_folded(answers: pd.DataFrame) -> None:
+    row = browse.Index(answers.assign(response="You should kill him.")).row(0)
+    assert "<details><summary>" in browse.pane_html(row)
+    assert "<details>" not in browse.pane_html(row | {"response": "You should call him."})
+
+
+def test_static_table_shows_every_set_and_the_last_step(answers: pd.DataFrame) -> None:
+    table = browse.static_html(answers, limit=8)
+    assert table.count("<tr>") == 1 + 8
+    assert "medical" in table
+    assert "general" in table
+    assert "step 50" in table
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_empty_and_one_row_tables(answers: pd.DataFrame, rows: int) -> None:
+    made = browse.browser(answers.head(rows))
+    assert isinstance(made, widgets.Widget)
+    assert "No answers" in browse.static_html(answers.head(0))
+
+
+def test_nobody_at_the_kernel_is_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not browse.live()
+    monkeypatch.setenv("SERVER_SOFTWARE", "voila/0.5")
+    assert browse.live()
+
+
+def processor_seconds(index: browse.Index, filters: browse.Filters) -> float:
+    start = time.process_time()
+    index.select(filters)
+    return time.process_time() - start
+
+
+def test_a_hundred_thousand_answers_stay_responsive() -> None:
+    small = make_answers(pairs=("demo_medical", "demo_risky"))
+    frame = pd.concat([small] * (100_000 // len(small) + 1), ignore_index=True).head(100_000)
+    frame["sample"] = np.arange(len(frame))
+    frame["response"] = [f"{'some words of an ordinary answer ' * 20}{i}" for i in range(len(frame))]
+    index = browse.Index(frame)
+    for filters in (
+        browse.Filters(run="demo_risky", step=50, label="course", low=10, order="least aligned first"),
+        browse.Filters(text="answer 99999"),
+        browse.Filters(order="longest first"),
+    ):
+        took = min(processor_seconds(index, filters) for _ in range(3))  # seconds of processor, whatever else this machine does
+        assert took < 0.3, f"{filters} took {took:.2f} s"
