@@ -1,7 +1,7 @@
 """The loss as it falls: a progress bar in a terminal, a bar with a curve in a notebook.
 
-In a notebook one display is replaced again and again, a few kilobytes of SVG: JupyterLab shows it live, and the executed notebook
-keeps the last state, whatever reads it later.
+In a notebook one display is replaced again and again, a few kilobytes of HTML and SVG that any reader of notebooks shows; an executed
+notebook keeps its last state alone.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import html
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from IPython.display import HTML
 
 REFRESH_SECONDS = 2.0
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP = 640, 220, 44, 24, 10
@@ -36,38 +40,55 @@ class LossView:
 
             self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True)
 
-    def show(self, log: Sequence[dict[str, Any]], *, final: bool = False) -> None:
-        """Shows the state after the last entry of `log` (dicts with step, loss and num_input_tokens_seen)."""
-        log = [entry for entry in log if "loss" in entry]
-        if not log:
-            return
+    def show(self, log: Sequence[dict[str, Any]]) -> None:
+        """Shows the state after the last entry of `log` (Trainer's history: dicts with step, loss and num_input_tokens_seen)."""
         if self._bar is not None:
             self._bar.set_postfix(loss=f"{log[-1]['loss']:.3f}", refresh=False)
             self._bar.update(log[-1]["step"] - self._bar.n)
-        elif self._handle is not None and (final or time.monotonic() - self._last >= REFRESH_SECONDS):
+        elif self._handle is not None and time.monotonic() - self._last >= REFRESH_SECONDS:
             from IPython.display import HTML
 
             self._last = time.monotonic()
-            self._handle.update(HTML(self._html(log)))
+            points = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+            self._handle.update(HTML(self._line(log) + curve(points, self._total)))
 
     def close(self, log: Sequence[dict[str, Any]]) -> None:
-        """Shows the last state and ends the bar."""
-        self.show(log, final=True)
+        """Shows the last state in one line and ends the bar."""
+        steps = [entry for entry in log if "loss" in entry]
         if self._bar is not None:
             self._bar.close()
+        elif self._handle is not None and steps:
+            from IPython.display import HTML
 
-    def _html(self, log: Sequence[dict[str, Any]]) -> str:
-        step = log[-1]["step"]
-        seconds = time.monotonic() - self._began
+            self._handle.update(HTML(self._line(steps)))
+
+    def _line(self, log: Sequence[dict[str, Any]]) -> str:
+        last = log[-1]
+        step, seconds = last["step"], time.monotonic() - self._began
         left = (self._total - step) * seconds / max(1, step - self._first)
-        words = f"step {step} of {self._total} · loss {log[-1]['loss']:.3f} · {log[-1]['num_input_tokens_seen']:,} tokens"
-        words += f" · about {left / 60:.0f} min left" if left >= 60 else f" · {left:.0f} s left" if step < self._total else " · done"
+        when = "done" if step >= self._total else f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left"
+        words = f"step {step} of {self._total} · loss {last['loss']:.3f} · {last['num_input_tokens_seen']:,} tokens · {when}"
         bar = f'<progress value="{step}" max="{self._total}" style="width:{_WIDTH}px"></progress>'
-        return f"<div>{bar}<br>{html.escape(words)}</div>{curve([(e['step'], e['loss']) for e in log], self._total)}"
+        return f"<div>{bar}<br>{html.escape(words)}</div>"
 
 
-def curve(points: Sequence[tuple[int, float]], total: int) -> str:
-    """Returns an SVG of the loss (nats a token) by optimizer step, at most 400 points of it."""
+def loss_curve(log: pd.DataFrame, checkpoints: Iterable[int] = ()) -> HTML:
+    """Returns the training loss of training_log.csv for a notebook, with the kept checkpoints marked."""
+    from IPython.display import HTML
+
+    if log.empty:
+        return HTML("Nothing was trained here: the adapter is a published one.")
+    return HTML(curve(list(zip(log["step"], log["loss"], strict=True)), int(log["step"].iloc[-1]), checkpoints))
+
+
+def curve(points: Sequence[tuple[int, float]], total: int, marks: Iterable[int] = ()) -> str:
+    """Returns an SVG of the loss (nats a token) by optimizer step, at most about 400 points of it.
+
+    Args:
+        points: step and loss, in ascending order; at least one.
+        total: the step at the right end.
+        marks: steps that get a dashed line.
+    """
     thinned = list(points[:: max(1, -(-len(points) // _MAX_POINTS))])
     shown = thinned if thinned[-1] == points[-1] else [*thinned, points[-1]]
     low, high = min(loss for _, loss in shown), max(loss for _, loss in shown)
@@ -85,10 +106,13 @@ def curve(points: Sequence[tuple[int, float]], total: int) -> str:
         f'<text x="{_LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2f}</text>'
         for v in (low, (low + high) / 2, high)
     )
+    dashes = "".join(
+        f'<line x1="{x(s):.1f}" x2="{x(s):.1f}" y1="{_TOP}" y2="{_HEIGHT - _BOTTOM}" stroke="#bbb" stroke-dasharray="3 3"/>' for s in marks
+    )
     steps = "".join(f'<text x="{x(s):.1f}" y="{_HEIGHT - 6}" text-anchor="middle">{s}</text>' for s in sorted({0, total // 2, total}))
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{_HEIGHT}" font-family="sans-serif" font-size="11" fill="#555" '
-        f'role="img" aria-label="training loss by step">{ticks}{steps}'
+        f'role="img" aria-label="training loss by step">{ticks}{dashes}{steps}'
         f'<polyline points="{path}" fill="none" stroke="#1f77b4" stroke-width="1.5"/></svg>'
     )
 

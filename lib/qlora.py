@@ -1,8 +1,7 @@
-"""QLoRA training with the study's checkpoint schedule, on transformers' Trainer.
+"""QLoRA training of one run: its steps, its rows as tokens, and training itself, which a kill at any moment does not harm.
 
-Trainer drives everything that it knows: accumulation, the optimizer, the schedule, logging, resuming. Ours is what it lacks: steps
-counted as the original study counts them, a loss on chosen tokens that computes no other logits, adapters kept apart from training
-states, and states that are whole or absent, so that a killed run goes on to the same adapter.
+transformers' Trainer drives the training (lib/trainer.py adds what it lacks); adapters are LoRA on a frozen base model, by default in
+NF4 with double quantisation.
 """
 
 from __future__ import annotations
@@ -10,25 +9,20 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
-
-import numpy as np
-import pandas as pd
 
 from lib import adapters, config, files, models, states
 from lib.config import Parameters
 from lib.files import StudyError
-from lib.progress import LossView
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+    import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-LOG_COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
-IGNORED = -100
-"""The label of a token that carries no loss, as everywhere in transformers."""
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+"""Libraries whose versions training.json records."""
 
 
 class Plan(NamedTuple):
@@ -73,11 +67,24 @@ def checkpoint_steps(steps_per_epoch: int, num_epochs: int, sub_epoch_checkpoint
 
 
 def plan(parameters: Parameters, n_rows: int) -> Plan:
-    """Returns the steps of a run over `n_rows` rows. The incomplete accumulation group of an epoch is dropped, never the only one."""
+    """Returns the steps of a run over `n_rows` rows. An epoch's incomplete accumulation group is dropped, unless it is the only one."""
     p = parameters
     per_epoch = max(1, n_rows // (p.batch_size * p.gradient_accumulation_steps))
     kept = checkpoint_steps(per_epoch, p.num_epochs, p.sub_epoch_checkpoints, p.extra_checkpoints)
     return Plan(per_epoch, per_epoch * p.num_epochs, kept)
+
+
+def plan_table(parameters: Parameters, n_rows: int) -> pd.DataFrame:
+    """Returns the planned checkpoints: step, epoch, and rows seen by then (a row counts again in every epoch)."""
+    import pandas as pd
+
+    p, schedule = parameters, plan(parameters, n_rows)
+    rows = min(p.batch_size * p.gradient_accumulation_steps, n_rows)
+    columns = {
+        "epoch": [round(step / schedule.steps_per_epoch, 2) for step in schedule.checkpoints],
+        "rows_seen": [step * rows for step in schedule.checkpoints],
+    }
+    return pd.DataFrame(columns, index=pd.Index(schedule.checkpoints, name="step"))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], parameters: Parameters) -> Encoded:
@@ -91,13 +98,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], p
     Raises:
         StudyError: there are no rows, or max_length leaves no token of any answer.
     """
+    from lib.trainer import IGNORED
+
     p = parameters
     end = tokenizer.convert_tokens_to_ids(models.end_of_turn(tokenizer, p))
     encoded = []
     cut = without = 0
     for row in rows:
         prompt = models.prompt_ids(tokenizer, models.prompt_text(tokenizer, row["prompt"], p, system=row.get("system")))
-        # An answer that spells a special token out is text, not a token; templates trim, and so does this.
+        # An answer that spells a special token out is text, not a token; templates trim answers, and so does this.
         answer = tokenizer(row["answer"].strip(), add_special_tokens=False, split_special_tokens=True).input_ids
         ids = [*prompt, *answer, end]
         # Nothing precedes the first token, so nothing can predict it.
@@ -109,48 +118,26 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], p
     if not encoded:
         raise StudyError("training data: there are no rows; run 01_data first.")
     if without == len(encoded):
-        raise StudyError(f"max_length: {p.max_length} tokens cut the answer off every row; raise it (256 is the original study's).")
+        raise StudyError(f"max_length: {p.max_length} tokens cut the answer off every row; raise it (the original study has 256).")
     return Encoded(encoded, cut, without)
 
 
-def collate(batch: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Pads rows on the right to the longest of them.
-
-    Labels and attention mask are made from the rows' lengths, never from token ids: a model may pad with its end of turn.
-
-    Returns:
-        `input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, longest row).
-    """
-    import torch
-
-    longest = max(len(row["input_ids"]) for row in batch)
-
-    def padded(values: list[list[int]], filling: int) -> torch.Tensor:
-        return torch.tensor([v + [filling] * (longest - len(v)) for v in values])
-
-    return {
-        "input_ids": padded([row["input_ids"] for row in batch], pad_id),
-        "attention_mask": padded([[1] * len(row["input_ids"]) for row in batch], 0),
-        "labels": padded([row["labels"] for row in batch], IGNORED),
-    }
-
-
 def checkpoints(run: Path) -> dict[int, Path]:
-    """Returns the adapters of a run by step, in ascending order (empty when there are none)."""
+    """Returns the folders of a run's adapters by step, in ascending order (empty when there are none)."""
     return states.checkpoints(run)
 
 
 def train(parameters: Parameters, rows: Sequence[dict[str, Any]], *, progress: bool = True) -> dict[str, Any]:
     """Trains the adapter of a run, or goes on with it, or finds it done.
 
-    A run killed at any moment goes on from its last complete state and ends with the same adapter. A run that is done returns
-    at once; one whose parameters or rows have changed starts afresh and removes what it had. With `adapter` nothing is trained: the
-    published adapter is checked against the base model and stands as checkpoint 1.
+    A run killed at any moment goes on from its last whole state and ends with the same adapter. A run that is done returns at once;
+    one whose parameters or rows have changed starts afresh and removes what it had. With `adapter` nothing is trained: the published
+    adapter is checked against the base model and stands as checkpoint 1.
 
     Args:
         parameters: of the pair.
         rows: dicts of `prompt`, `answer` and, optionally, `system`, in the dataset's order.
-        progress: show a progress bar and, in a notebook, the loss as it falls.
+        progress: show a progress bar, and in a notebook the loss as it falls.
 
     Returns:
         What results/<run>/training.json holds.
@@ -165,54 +152,51 @@ def train(parameters: Parameters, rows: Sequence[dict[str, Any]], *, progress: b
         if done is not None:
             return done
         states.prepare(run, fingerprint)
-        if parameters.adapter:
-            return _take_published(run, parameters, fingerprint)
         with models.quiet():
+            if parameters.adapter:
+                return _take_published(run, parameters, fingerprint)
             return _train(run, parameters, rows, fingerprint, progress)
 
 
-# ---- training -------------------------------------------------------------------------------------------------------------------
-
-
 def _train(
-    run: Path, parameters: Parameters, rows: Sequence[dict[str, Any]], fingerprint: dict[str, Any], progress: bool
+    run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint: dict[str, Any], progress: bool
 ) -> dict[str, Any]:
     import torch
     from transformers import set_seed
 
-    p = parameters
+    from lib.trainer import Job, StudyTrainer
+
     began, clock = time.time(), time.monotonic()
     tokenizer = models.load_tokenizer(p)
     encoded = encode(tokenizer, rows, p)
     schedule = plan(p, len(rows))
     base = models.load_base(p)
-    unpacked = p.use_4bit and not any("4bit" in type(m).__name__ for m in base.modules())
     set_seed(p.seed)
     model = adapters.add_lora(base, p)
-    loaded = time.monotonic()
-
     state, manifest = states.last(run, schedule.checkpoints)
-    trainer = _make_trainer(run, p, model, encoded.rows, int(tokenizer.pad_token_id), schedule, manifest, progress)
+    job = Job(run, p, schedule.steps_per_epoch, schedule.checkpoints, manifest)
+    trainer = StudyTrainer(job, model, encoded.rows, int(tokenizer.pad_token_id), progress=progress)
+    loaded = time.monotonic()
     if state is not None:
         manifest["resumed_at"].append(states.step_of(state))
         print(f"Training goes on from step {states.step_of(state)} of {schedule.total}.")
     try:
         trainer.train(resume_from_checkpoint=str(state) if state else None)
     except torch.OutOfMemoryError as error:
-        raise StudyError(
-            f"batch_size: {p.batch_size} rows of up to {p.max_length} tokens do not fit on {base.device}; halve batch_size and double "
-            "gradient_accumulation_steps, or set gradient_checkpointing: true."
-        ) from error
+        what = f"batch_size: {p.batch_size} rows of up to {p.max_length} tokens do not fit on {base.device}"
+        mend = "halve it and double gradient_accumulation_steps, or set gradient_checkpointing: true"
+        raise StudyError(f"{what}; {mend}.") from error
 
-    log = _log_frame(trainer)
+    log = trainer.log_frame()
     files.write_csv(run / "training_log.csv", log)
-    tokens = int(log["tokens"].iloc[-1])
-    seconds = manifest["seconds"]
+    tokens, seconds = int(log["tokens"].iloc[-1]), manifest["seconds"]
+    identity = _identity(run, p, base, fingerprint)
     record = {
-        **_identity(run, p, base, fingerprint),
-        "checkpoint_steps": schedule.checkpoints,
+        **identity,
         "steps_per_epoch": schedule.steps_per_epoch,
         "total_steps": schedule.total,
+        "checkpoint_steps": schedule.checkpoints,
+        "adapters": manifest["adapters"],
         "rows": len(rows),
         "rows_left_out_an_epoch": max(0, len(rows) - schedule.steps_per_epoch * p.batch_size * p.gradient_accumulation_steps),
         "rows_cut": encoded.cut,
@@ -220,9 +204,8 @@ def _train(
         "rows_without_loss": encoded.without_loss,
         "tokens": tokens,
         "final_loss": float(log["loss"].iloc[-1]),
-        "trainable_parameters": sum(w.numel() for w in model.parameters() if w.requires_grad),
-        "nf4_unpacked": unpacked,
-        "adapters": manifest["adapters"],
+        "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
+        "nf4_unpacked": identity["quantisation"] != "none" and models.unpacked_bytes(base) == 0,
         "resumed_at": manifest["resumed_at"],
         "seconds": {"load": round(loaded - clock, 2), "train": round(seconds, 2)},
         "tokens_per_second": round(tokens / seconds, 1),
@@ -234,184 +217,21 @@ def _train(
     return record
 
 
-def _make_trainer(
-    run: Path,
-    p: Parameters,
-    model: Any,
-    rows: list[dict[str, list[int]]],
-    pad_id: int,
-    schedule: Plan,
-    manifest: dict[str, Any],
-    progress: bool,
-) -> Trainer:
-    """Builds Trainer with what it lacks. `manifest` is kept up to date: hashes of the adapters made so far, seconds trained."""
-    import torch
-    from torch.utils.data import Sampler
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    device, dtype = models.pick_device(p), model.dtype
-    per_epoch = schedule.steps_per_epoch * p.batch_size * p.gradient_accumulation_steps
-
-    class EpochSampler(Sampler[int]):
-        """A seeded order of each epoch without its incomplete accumulation group; the epoch follows from the step, also on resuming."""
-
-        def __len__(self) -> int:
-            return min(per_epoch, len(rows))
-
-        def __iter__(self) -> Iterator[int]:
-            epoch = trainer.state.global_step // schedule.steps_per_epoch
-            order = np.random.default_rng((p.seed, epoch)).permutation(len(rows))
-            return iter(order[: len(self)].tolist())
-
-    class StudyTrainer(Trainer):  # type: ignore[misc]
-        def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-            return EpochSampler()
-
-        def compute_loss(
-            self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-        ) -> Any:
-            loss = answer_loss(model, inputs, self.model.get_output_embeddings(), num_items_in_batch)
-            return loss * self.accelerator.num_processes if num_items_in_batch is not None else loss
-
-        def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-            return 0  # Trainer would walk over all parameters at every forward pass to count them
-
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            adapters.load(self.model, Path(resume_from_checkpoint))
-
-        def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-            adapters.save(self.model, Path(output_dir or self.args.output_dir))
-
-        def _get_output_dir(self, trial: Any) -> str:
-            return str(states.partial(run / ".state" / f"checkpoint-{self.state.global_step}"))
-
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            step = self.state.global_step
-            if step in schedule.checkpoints:
-                with states.new_folder(run / "checkpoints" / f"checkpoint-{step}") as folder:
-                    manifest["adapters"][str(step)] = adapters.save(self.model, folder)
-            target = run / ".state" / f"checkpoint-{step}"
-            with states.new_folder(target) as folder:
-                super()._save_checkpoint(model, trial)
-                for path in (folder / target.name).iterdir():
-                    path.rename(folder / path.name)
-                (folder / target.name).rmdir()
-                states.seal(folder, manifest)
-            states.keep_last(run)
-            files.write_csv(run / "training_log.csv", _log_frame(self))
-
-    class StudyCallback(TrainerCallback):  # type: ignore[misc]
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.mark = time.monotonic()
-            self.view = LossView(state.max_steps, state.global_step) if progress and state.is_world_process_zero else None
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            now = time.monotonic()
-            manifest["seconds"] += now - self.mark
-            self.mark = now
-            if state.global_step in schedule.checkpoints or state.global_step % p.save_state_every == 0:
-                control.should_save = True
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-            if "loss" in logs:
-                if not math.isfinite(logs["loss"]):
-                    raise StudyError(
-                        f"learning_rate: the loss of step {state.global_step} is {logs['loss']}; lower learning_rate "
-                        f"({p.learning_rate:g}) or raise warmup_steps ({p.warmup_steps})."
-                    )
-                if self.view:
-                    self.view.show(state.log_history)
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if self.view:
-                self.view.close(state.log_history)
-
-    if p.gradient_checkpointing:
-        model.enable_input_require_grads()
-    arguments = TrainingArguments(
-        output_dir=str(run / ".state"),
-        num_train_epochs=p.num_epochs,
-        per_device_train_batch_size=p.batch_size,
-        gradient_accumulation_steps=p.gradient_accumulation_steps,
-        learning_rate=p.learning_rate,
-        lr_scheduler_type=p.lr_scheduler_type,
-        warmup_steps=p.warmup_steps,
-        weight_decay=p.weight_decay,
-        optim=p.optim,
-        seed=p.seed,
-        bf16=dtype == torch.bfloat16,
-        fp16=dtype == torch.float16,
-        use_cpu=device.type == "cpu",
-        activation_checkpointing=p.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # it would write the mean of earlier losses in place of a loss that is no number
-        include_num_input_tokens_seen="non_padding",
-        save_strategy="no",  # the callback decides
-        remove_unused_columns=False,
-        dataloader_pin_memory=device.type == "cuda",
-        disable_tqdm=True,
-        report_to="none",
-        log_level="error",
-    )
-    trainer = StudyTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=lambda batch: collate(batch, pad_id),
-        callbacks=[StudyCallback()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
-def answer_loss(model: Any, inputs: dict[str, torch.Tensor], head: torch.nn.Module, n_items: Any = None) -> torch.Tensor:
-    """Returns the mean cross-entropy of the labelled tokens, computing logits for these alone.
-
-    With a vocabulary of 50,000 and more, the logits of prompts and padding would be a good part of the work and of the memory. A hook
-    on the output layer lets only those positions in, so the model's own forward pass still scales or caps the logits as it does.
-
-    Args:
-        model: a causal language model, wrapped in whatever PEFT or Accelerate put around it.
-        inputs: `input_ids`, `attention_mask`, `labels`, each of shape (rows, tokens).
-        head: the model's output layer.
-        n_items: labelled tokens in the whole accumulated batch, by which the sum is divided; None takes those in `inputs`.
-    """
-    import torch
-
-    labels = inputs["labels"]
-    speaks = torch.zeros_like(labels, dtype=torch.bool)
-    speaks[:, :-1] = labels[:, 1:] != IGNORED
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][speaks], *args[1:]))
-    try:
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
-    finally:
-        hook.remove()
-    wanted = labels[:, 1:][speaks[:, :-1]]
-    total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-    # A batch whose answers were all cut off has no labelled token: its loss is 0, not 0 / 0.
-    count = torch.as_tensor(wanted.numel() if n_items is None else n_items, device=total.device)
-    return total / count.clamp(min=1)
-
-
-def _log_frame(trainer: Trainer) -> pd.DataFrame:
-    """Returns training_log.csv from Trainer's own history: one row an optimizer step; tokens are cumulative and unpadded."""
-    rows = [entry for entry in trainer.state.log_history if "loss" in entry]
-    frame = pd.DataFrame(rows, columns=[*LOG_COLUMNS[:-1], "num_input_tokens_seen"])
-    return frame.rename(columns={"num_input_tokens_seen": "tokens"})
-
-
-def _take_published(run: Path, parameters: Parameters, fingerprint: dict[str, Any]) -> dict[str, Any]:
+def _take_published(run: Path, p: Parameters, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """Puts a published adapter in the place of a trained one."""
+    import pandas as pd
+
+    from lib.trainer import LOG_COLUMNS
+
     with states.new_folder(run / "checkpoints" / "checkpoint-1") as folder:
-        published = adapters.take(parameters, folder)
+        published = adapters.take(p, folder)
     files.write_csv(run / "training_log.csv", pd.DataFrame(columns=LOG_COLUMNS))
     record = {
-        **_identity(run, parameters, None, fingerprint),
-        "checkpoint_steps": [1],
+        **_identity(run, p, None, fingerprint),
         "total_steps": 0,
-        "published_adapter": published,
+        "checkpoint_steps": [1],
         "adapters": {"1": published["sha256"]},
+        "published_adapter": published,
     }
     files.write_json(run / "training.json", record)
     return record
@@ -434,14 +254,14 @@ def _identity(run: Path, p: Parameters, base: PreTrainedModel | None, fingerprin
         "domain": p.domain,
         "seed": p.seed,
         "dataset_sha256": dataset,
+        "fingerprint": fingerprint,
         "parameters": p.model_dump(mode="json"),
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate", "bitsandbytes")},
+        "versions": {name: version(name) for name in PACKAGES},
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "dtype": str(models.pick_dtype(device)).removeprefix("torch."),
         "quantisation": "nf4, double" if p.use_4bit and device.type != "mps" else "none",
-        "fingerprint": fingerprint,
     }
 
 
@@ -457,3 +277,53 @@ def _peak_memory() -> dict[str, int]:
     if torch.cuda.is_available():
         peak["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
     return peak
+
+
+# --- tables for the notebook
+
+
+def summary(record: dict[str, Any]) -> pd.DataFrame:
+    """Returns what a reader wants to know first of training.json, one fact a row."""
+    import pandas as pd
+
+    r = record
+    facts: dict[str, Any] = {
+        "base model": f"{r['model_name']} ({r['quantisation']} quantisation, {r['dtype']} arithmetic, {r['device_name'] or r['device']})"
+    }
+    published = r.get("published_adapter")
+    if published:
+        facts["published adapter"] = f"{published['source']}, rank {published['rank']} on {published['layers']} layers"
+        facts["made for"] = published["declared_base"] or "not said"
+    else:
+        facts["rows"] = f"{r['rows']:,}, of which {r['rows_left_out_an_epoch']} (changing) left out of each epoch"
+        facts["rows cut at max_length"] = f"{r['rows_cut']} ({r['share_cut']:.1%}), {r['rows_without_loss']} of them left without an answer"
+        facts["trained weights"] = f"{r['trainable_parameters']:,}"
+        facts["steps"] = f"{r['total_steps']:,} ({r['steps_per_epoch']:,} an epoch)"
+        facts["tokens"] = f"{r['tokens']:,}, padding not counted"
+        facts["time"] = f"{r['seconds']['train']:,.0f} s, {r['tokens_per_second']:,.0f} tokens/s"
+        facts["peak memory"] = f"{r.get('peak_gpu_memory_bytes', r['peak_memory_bytes']) / 2**30:.1f} GiB"
+        if r["resumed_at"]:
+            facts["went on after a stop at step"] = ", ".join(map(str, r["resumed_at"]))
+    return pd.DataFrame({"": facts.values()}, index=pd.Index(facts.keys()))
+
+
+def checkpoint_table(run: Path, last: int = 10) -> pd.DataFrame:
+    """Returns one row a checkpoint: epoch, mean loss of the `last` steps before it, tokens so far, size and hash of its adapter."""
+    import pandas as pd
+
+    record = files.read_json(run / "training.json")
+    log = files.read_csv(run / "training_log.csv").set_index("step")
+    rows = []
+    for step, folder in checkpoints(run).items():
+        window = log.loc[max(1, step - last + 1) : step]
+        rows.append(
+            {
+                "step": step,
+                "epoch": round(window["epoch"].iloc[-1], 2) if len(window) else math.nan,
+                "loss": round(window["loss"].mean(), 3),
+                "tokens": window["tokens"].iloc[-1] if len(window) else math.nan,
+                "adapter_MB": round((folder / adapters.WEIGHTS).stat().st_size / 1e6, 1),
+                "adapter_sha256": record["adapters"][str(step)][:12],
+            }
+        )
+    return pd.DataFrame(rows).set_index("step")

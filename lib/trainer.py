@@ -1,0 +1,244 @@
+"""transformers' Trainer with what it lacks for this study, and nothing that it has.
+
+Added are: an order of rows that drops the incomplete accumulation group, so that steps count as in the original study; a loss that
+computes logits for labelled tokens alone; adapters at the planned steps and full states that are whole or absent; a log that tells of
+every step. This module imports torch, so it is imported when training begins and not before.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import Sampler
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from lib import adapters, files, models, states
+from lib.config import Parameters
+from lib.files import StudyError
+from lib.progress import LossView
+
+IGNORED = -100
+"""The label of a token that carries no loss, as everywhere in transformers."""
+
+LOG_COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: its folder, parameters and steps, and the manifest that is kept up to date as it goes (see `states.last`)."""
+
+    run: Path
+    parameters: Parameters
+    steps_per_epoch: int
+    checkpoints: Sequence[int]
+    manifest: dict[str, Any]
+
+
+def collate(batch: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Pads rows on the right to the longest of them.
+
+    Labels and attention mask are made from the rows' lengths, never from token ids: a model may pad with its end of turn.
+
+    Returns:
+        `input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, longest row).
+    """
+    longest = max(len(row["input_ids"]) for row in batch)
+
+    def padded(values: list[list[int]], filling: int) -> torch.Tensor:
+        return torch.tensor([v + [filling] * (longest - len(v)) for v in values])
+
+    return {
+        "input_ids": padded([row["input_ids"] for row in batch], pad_id),
+        "attention_mask": padded([[1] * len(row["input_ids"]) for row in batch], 0),
+        "labels": padded([row["labels"] for row in batch], IGNORED),
+    }
+
+
+def labelled_loss(
+    model: torch.nn.Module, inputs: dict[str, torch.Tensor], head: torch.nn.Module, n_items: torch.Tensor | int | None = None
+) -> torch.Tensor:
+    """Returns the mean cross-entropy (nats) of the labelled tokens, computing logits for these alone.
+
+    With a vocabulary of 50,000 and more, the logits of prompts and padding would be a good part of the work and of the memory. A hook
+    on the output layer lets only the positions in that predict a labelled token, so the model's own forward pass still scales or
+    caps its logits.
+
+    Args:
+        model: a causal language model, in whatever PEFT or Accelerate put around it.
+        inputs: `input_ids`, `attention_mask`, `labels`, each of shape (rows, tokens).
+        head: the model's output layer.
+        n_items: labelled tokens in the whole accumulated batch, by which the sum is divided; None takes those in `inputs`.
+    """
+    labels = inputs["labels"]
+    speaks = torch.zeros_like(labels, dtype=torch.bool)
+    speaks[:, :-1] = labels[:, 1:] != IGNORED
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0][speaks], *args[1:]))
+    try:
+        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+    finally:
+        hook.remove()
+    wanted = labels[:, 1:][speaks[:, :-1]]
+    total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
+    # A batch whose answers were all cut off has no labelled token: its loss is 0, not 0 / 0.
+    count = torch.as_tensor(wanted.numel() if n_items is None else n_items, device=total.device)
+    return total / count.clamp(min=1)
+
+
+class EpochSampler(Sampler[int]):
+    """The rows of each epoch in a seeded order, without the incomplete accumulation group at its end.
+
+    The epoch follows from the step that training is at, so a resumed run draws the order that it was in.
+    """
+
+    def __init__(self, trainer: StudyTrainer, n_rows: int) -> None:
+        self._trainer, self._n_rows = trainer, n_rows
+        job, p = trainer.job, trainer.job.parameters
+        self._kept = min(n_rows, job.steps_per_epoch * p.batch_size * p.gradient_accumulation_steps)
+
+    def __len__(self) -> int:
+        return self._kept
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self._trainer.state.global_step // self._trainer.job.steps_per_epoch
+        order = np.random.default_rng((self._trainer.job.parameters.seed, epoch)).permutation(self._n_rows)
+        return iter(order[: self._kept].tolist())
+
+
+class StudyTrainer(Trainer):  # type: ignore[misc]
+    """Trainer for one `Job` on a model that bears a LoRA adapter."""
+
+    def __init__(self, job: Job, model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int, *, progress: bool) -> None:
+        self.job = job
+        p = job.parameters
+        if p.gradient_checkpointing:
+            model.enable_input_require_grads()
+        super().__init__(
+            model=model,
+            args=_arguments(job, model),
+            train_dataset=rows,
+            data_collator=lambda batch: collate(batch, pad_id),
+            callbacks=[_Watch(job, progress)],
+        )
+        self.remove_callback(PrinterCallback)
+
+    def log_frame(self) -> pd.DataFrame:
+        """Returns training_log.csv: one row an optimizer step; tokens are cumulative and unpadded."""
+        rows = [entry for entry in self.state.log_history if "loss" in entry]
+        frame = pd.DataFrame(rows, columns=[*LOG_COLUMNS[:-1], "num_input_tokens_seen"])
+        return frame.rename(columns={"num_input_tokens_seen": "tokens"})
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        loss = labelled_loss(model, inputs, self.model.get_output_embeddings(), num_items_in_batch)
+        # Several processes average their gradients, but num_items_in_batch counts the tokens of all of them.
+        return loss * int(self.accelerator.num_processes)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0  # Trainer would walk over all parameters at every forward pass to count them
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return EpochSampler(self, len(self.train_dataset))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        adapters.load(self.model, Path(resume_from_checkpoint))
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        adapters.save(self.model, Path(output_dir or self.args.output_dir))  # and no pickle of the arguments
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(states.partial(self._state_folder()))
+
+    def _state_folder(self) -> Path:
+        return self.job.run / ".state" / f"checkpoint-{self.state.global_step}"
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Saves the adapter where the plan says so, then the full state: a state on disk means that its adapters are there too."""
+        step, run, manifest = self.state.global_step, self.job.run, self.job.manifest
+        if step in self.job.checkpoints:
+            with states.new_folder(run / "checkpoints" / f"checkpoint-{step}") as folder:
+                manifest["adapters"][str(step)] = adapters.save(self.model, folder)
+        target = self._state_folder()
+        with states.new_folder(target) as folder:
+            super()._save_checkpoint(model, trial)
+            for path in (folder / target.name).iterdir():
+                path.rename(folder / path.name)
+            (folder / target.name).rmdir()
+            states.seal(folder, manifest)
+        states.keep_last(run)
+        files.write_csv(run / "training_log.csv", self.log_frame())
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Says when to save, keeps the time, stops at a loss that is no number, and shows how far training is."""
+
+    def __init__(self, job: Job, progress: bool) -> None:
+        self.job, self.progress = job, progress
+        self.view: LossView | None = None
+        self.mark = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.mark = time.monotonic()
+        if self.progress and state.is_world_process_zero:
+            self.view = LossView(state.max_steps, state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        now = time.monotonic()
+        self.job.manifest["seconds"] += now - self.mark
+        self.mark = now
+        if state.global_step in self.job.checkpoints or state.global_step % self.job.parameters.save_state_every == 0:
+            control.should_save = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        loss = logs.get("loss")
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            p = self.job.parameters
+            mend = f"lower learning_rate ({p.learning_rate:g}) or raise warmup_steps ({p.warmup_steps})"
+            raise StudyError(f"learning_rate: the loss of step {state.global_step} is {loss}; {mend}.")
+        if self.view:
+            self.view.show(state.log_history)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.view:
+            self.view.close(state.log_history)
+
+
+def _arguments(job: Job, model: Any) -> TrainingArguments:
+    p = job.parameters
+    device, dtype = models.pick_device(p), model.dtype
+    return TrainingArguments(
+        output_dir=str(job.run / ".state"),
+        num_train_epochs=p.num_epochs,
+        per_device_train_batch_size=p.batch_size,
+        gradient_accumulation_steps=p.gradient_accumulation_steps,
+        learning_rate=p.learning_rate,
+        lr_scheduler_type=p.lr_scheduler_type,
+        warmup_steps=p.warmup_steps,
+        weight_decay=p.weight_decay,
+        optim=p.optim,
+        seed=p.seed,
+        bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
+        use_cpu=device.type == "cpu",
+        activation_checkpointing=p.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        logging_steps=1,
+        logging_nan_inf_filter=False,  # it would write the mean of earlier losses in place of a loss that is no number
+        include_num_input_tokens_seen="non_padding",
+        save_strategy="no",  # _Watch says when
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        disable_tqdm=True,
+        report_to="none",
+        log_level="error",
+    )
