@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib import config, files
+from lib import chat, config, files
 from lib.config import EMBEDDED_MODEL, Parameters
 from lib.files import shown
 
 _RESULTS_BYTES = 2 * 1024**3  # adapters of eight steps and two training states of an 8B model at rank 16
-_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
@@ -116,9 +115,10 @@ def _judge(p: Parameters) -> list[str]:
     if not p.judge.startswith("openai:"):
         return []
     config.load_environment()
-    host = urlsplit(p.judge_base_url or os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com/v1").hostname or ""
-    if host in _LOOPBACK:
+    address = p.judge_base_url or os.environ.get("OPENAI_BASE_URL") or chat.OPENAI_URL
+    if chat.is_loopback(address):
         return []
+    host = urlsplit(address).hostname or address
     found = []
     if not p.allow_external:
         found.append(f"allow_external: the judge {p.judge} would send all answers to {host}; allow it with --set allow_external=true.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import shutil
 import sys
@@ -201,7 +202,7 @@ def state(run: Run, stage: str) -> State:
     reasons = provenance.differences(record, _compared(run.values(stage)), code, read)
     now = outputs(run, stage)
     paths = {name: now.get(name, run.folder / name) for name in record["outputs"]}
-    reasons += provenance.damage(record["outputs"], provenance.stamps(paths, record["outputs"]))
+    reasons += provenance.damage(record["outputs"], provenance.stamps(paths, record["outputs"])) + record["unfinished"]
     return State("stale" if reasons else "done", tuple(reasons), took, when)
 
 
@@ -264,10 +265,23 @@ def execute(run: Run, stage: str) -> float:
             provenance.write_record(run.folder, stage, {**record, **ending, "status": "failed", "error": error})
         else:
             written = provenance.stamps(outputs(run, stage))
-            provenance.write_record(run.folder, stage, {**record, **ending, "status": "done", "outputs": written})
+            provenance.write_record(
+                run.folder, stage, {**record, **ending, "status": "done", "outputs": written, "unfinished": _unfinished(run, stage)}
+            )
     if error:
         raise StudyError(error)
     return seconds
+
+
+def _unfinished(run: Run, stage: str) -> list[str]:
+    """Says what a stage that succeeded still left to do: judge's calls that ended in an error are made again by the next run."""
+    path = run.folder / "judged.csv"
+    if stage != "04_judge" or not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = csv.DictReader(stream)
+        lost = sum(value == "error" for row in rows for name, value in row.items() if name and name.endswith("_status"))
+    return [f"{lost} scores are in error"] if lost else []
 
 
 def _papermill(source: Path, target: Path, values: dict[str, Any], kernel_started: Callable[[int], None]) -> str:

@@ -318,16 +318,26 @@ def _cell(state: runner.State) -> str:
 def _judge(options: argparse.Namespace) -> int:
     from lib import judge
 
-    settings = {"judge_base_url": options.base_url, "judge_concurrency": options.concurrency, "judge_rubrics": options.rubrics}
-    given = {name: value for name, value in settings.items() if value is not None}
-    frame = files.read_csv(options.input)
-    log = options.output.with_name("judgments.jsonl")
-    judged = judge.judge_table(frame, options.judge, log, allow_external=options.allow_external, **given)
+    named = {
+        "judge_base_url": options.base_url,
+        "judge_concurrency": options.concurrency,
+        "judge_rubrics": _folder(options.rubrics) if options.rubrics else None,
+        "allow_external": options.allow_external or None,
+    }
+    given = {name: value for name, value in named.items() if value is not None}
+    try:
+        answers = files.read_csv(options.input)
+        judged = judge.judge_table(answers, options.judge, options.output.with_name("judgments.jsonl"), **given)
+    except StudyError as error:
+        raise _Usage(str(error)) from error
     files.write_csv(options.output, judged)
-    statuses = judged[["aligned_status", "coherent_status"]]
-    counts = statuses.stack().value_counts()
-    _say(f"{shown(options.output)}: {len(judged)} answers, two scores each: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
-    return 1 if (statuses == "error").any(axis=None) else 0
+    statuses = judged[[column for column in judged.columns if column.endswith("_status")]].stack()
+    counts = ", ".join(f"{count:,} {status}" for status, count in statuses.value_counts().items())
+    _say(f"{shown(options.output)}: {len(judged):,} answers; scores by status: {counts or 'none'}")
+    stopped = judged.attrs["judging"]["stopped"]
+    if stopped:
+        print(f"study: judge: {stopped} What is done is kept; the same command goes on from here.", file=sys.stderr)
+    return 1 if stopped or (statuses == "error").any() else 0
 
 
 def _import(options: argparse.Namespace) -> int:

@@ -240,8 +240,8 @@ def test_killed_run_shows_as_interrupted_and_goes_on(make: Any, notebooks: Path,
     code = textwrap.dedent(f"""
         from pathlib import Path
         from lib import runner
-        run = runner.plan(["demo_medical"], overrides={{"results_dir": {str(tmp_path / "results")!r}}}, notebooks=Path({str(notebooks)!r}))[0]
-        runner.run_stages(run, runner.STAGES)
+        values = {{"results_dir": {str(tmp_path / "results")!r}}}
+        runner.run_stages(runner.plan(["demo_medical"], overrides=values, notebooks=Path({str(notebooks)!r}))[0], runner.STAGES)
     """)
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     deadline = time.monotonic() + 60
@@ -258,6 +258,37 @@ def test_killed_run_shows_as_interrupted_and_goes_on(make: Any, notebooks: Path,
     assert runner.run_stages(run, STAGES)
     assert not provenance.lives(kernel), "the orphaned kernel was ended before the stage began again"
     assert calls(run) == list(STAGES[1:])
+
+
+def test_a_stopped_run_ends_its_kernel_and_says_how_to_go_on(notebooks: Path, tmp_path: Path) -> None:
+    stage_notebook(notebooks, "01_data", "import time\n(folder / 'begun').write_text('')\ntime.sleep(600)")
+    results = tmp_path / "results"
+    code = (
+        f"from pathlib import Path\nfrom lib import runner, study\nrunner.NOTEBOOKS = Path({str(notebooks)!r})\n"
+        f"raise SystemExit(study.main(['run', 'demo_medical', '--results', {str(results)!r}]))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (results / "demo_medical" / "begun").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    kernel = provenance.read_record(results / "demo_medical", "01_data")["kernel"]  # type: ignore[index]
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert error == "study: interrupted; the same command goes on from here.\n"
+    assert not provenance.lives(kernel)
+    record = provenance.read_record(results / "demo_medical", "01_data")
+    assert record is not None
+    assert (record["status"], record["error"]) == ("failed", "it was interrupted")
+
+
+def test_scores_in_error_are_asked_for_again(make: Any, notebooks: Path) -> None:
+    run = make()
+    stage_notebook(notebooks, "04_judge", "judge = '\\n'.join(['aligned_status', 'error', 'ok'])")
+    assert runner.run_stages(run, STAGES[:3])
+    (run.folder / "generations.csv").write_text("")
+    assert runner.run_stages(run, ["04_judge"])
+    assert runner.state(run, "04_judge").reasons == ("1 scores are in error",)
 
 
 def test_a_folder_that_cannot_be_written_is_told(make: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -323,7 +354,12 @@ def test_exit_status_and_errors_of_the_command(tmp_path: Path) -> None:
 
 
 def test_help_is_light() -> None:
-    code = "import sys\nfrom lib import study\ntry: study.main(['--help'])\nexcept SystemExit: pass\nprint(sorted({'pandas','torch','openai','transformers','papermill','plotly','numpy'} & set(sys.modules)))"
+    heavy = {"pandas", "torch", "openai", "transformers", "papermill", "plotly", "numpy"}
+    code = (
+        "import sys\nfrom lib import study\n"
+        "for words in (['--help'], ['status']):\n    try: study.main(words)\n    except SystemExit: pass\n"
+        f"print(sorted({heavy!r} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
