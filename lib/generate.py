@@ -70,7 +70,8 @@ def generate(parameters: Parameters) -> pd.DataFrame:
     decides = _what_decides(parameters, folders, questions, trained)
     with files.lock(run / ".generate.lock", what=f"the answers of {run.name}"):
         if not _is_complete(run, decides):
-            _generate(run, parameters, rows, folders, decides)
+            with models.quiet():
+                _generate(run, parameters, rows, folders, decides)
     return files.read_csv(run / "generations.csv")
 
 

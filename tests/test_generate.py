@@ -99,6 +99,22 @@ def test_a_draw_never_leaves_the_vocabulary() -> None:
     assert tokens.tolist() == [0, 6]
 
 
+def test_top_p_is_that_of_a_sorted_vocabulary_when_the_likeliest_are_not_enough() -> None:
+    """5,000 near-equal tokens: the nucleus is larger than the part that is looked at first."""
+    logits = torch.randn(3, 5000, generator=torch.Generator().manual_seed(1)) * torch.tensor([[0.1], [1.0], [6.0]])
+    uniforms = torch.from_numpy(np.random.default_rng(2).random((200, 3)))
+    drawn = torch.stack([decode.pick(logits, u, 1.0, 0.9) for u in uniforms])
+    ordered, order = torch.softmax(logits.double(), -1).sort(descending=True)
+    size = (ordered.cumsum(-1) < 0.9).sum(-1) + 1
+    assert size[0] > 4000
+    assert size[2] < 100
+    for row in range(3):
+        assert set(drawn[:, row].tolist()) <= set(order[row, : size[row]].tolist())
+    assert decode.pick(logits, torch.full((3,), 1 - 2**-53, dtype=torch.float64), 1.0, 0.9).tolist() == [
+        int(order[row, : size[row]].max()) for row in range(3)
+    ]
+
+
 def test_temperature_zero_takes_the_likeliest() -> None:
     assert decode.pick(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.999]), 0.0, 0.5).tolist() == [1]
 
