@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from lib import scoring
 from lib.files import StudyError
+from lib.limits import Budget, Limits, Pace, TokenBound
 from lib.rubrics import Prompt
 
 if TYPE_CHECKING:
@@ -127,6 +128,11 @@ class Chat:
         self.mode = endpoint.mode
         self._client = client
 
+    @property
+    def token_limit(self) -> int:
+        """Reply tokens a call; one may be enough for log-probabilities, but would cut a number in text."""
+        return self.endpoint.max_tokens if self.mode == self.endpoint.mode else scoring.MIN_TEXT_TOKENS
+
     async def settle_mode(self) -> str:
         """Finds out by one call whether the server can be scored by log-probabilities; if not, the session falls back to text.
 
@@ -157,9 +163,8 @@ class Chat:
             messages: the rendered rubric.
             seed: for servers that sample reproducibly.
         """
-        limit = self.endpoint.max_tokens if self.mode == self.endpoint.mode else scoring.MIN_TEXT_TOKENS
         try:
-            reply = await self._create(messages, seed=seed, max_tokens=limit)
+            reply = await self._create(messages, seed=seed, max_tokens=self.token_limit)
         except _refused() as error:
             return self._refusal(error)
         except _malformed() as error:
@@ -274,61 +279,107 @@ class Job:
     seed: int
 
 
-def ask_all(endpoint: Endpoint, jobs: Sequence[Job], *, concurrency: int, name: str, progress: bool) -> str:
-    """Makes calls in order, `concurrency` at a time. An interrupt leaves recorded what was recorded.
+@dataclass(frozen=True)
+class Outcome:
+    """What a batch of calls came to: why it stopped before the last ("" if it did not), and its cost (dollars, None if unknown)."""
 
-    Returns:
-        Why asking stopped before the last job, or "".
-    """
-    return _in_thread(_ask_all(endpoint, jobs, concurrency, name, progress))
+    stopped: str
+    cost: float | None
 
 
-async def _ask_all(endpoint: Endpoint, jobs: Sequence[Job], concurrency: int, name: str, progress: bool) -> str:
+def ask_all(endpoint: Endpoint, jobs: Sequence[Job], limits: Limits, *, concurrency: int, name: str, progress: bool) -> Outcome:
+    """Makes calls in order, `concurrency` at a time and within limits. An interrupt leaves recorded what was recorded."""
+    return _in_thread(_ask_all(endpoint, jobs, limits, concurrency, name, progress))
+
+
+async def _ask_all(endpoint: Endpoint, jobs: Sequence[Job], limits: Limits, concurrency: int, name: str, progress: bool) -> Outcome:
     waiting = iter(jobs)
-    course = _Course(limit=max(20, 2 * concurrency))
     with tqdm(total=len(jobs), unit="call", desc=name, disable=not progress) as bar:
         async with session(endpoint) as chat:
             reason = await chat.settle_mode()
             if reason:
                 tqdm.write(f"{name}: {reason}, so scores are read from the reply's text, not from log-probabilities.", file=sys.stderr)
+            course = _Course(chat, limits, patience=max(20, 2 * concurrency))
 
             async def work() -> None:
                 for job in waiting:
-                    if course.stopped:
+                    reply = await course.take(job)
+                    if reply is None:
                         return
-                    prompt = job.prompt()
-                    reply = await chat.ask(prompt.messages, job.seed)
-                    if prompt.left_out:
-                        reply = replace(reply, usage=reply.usage | {"answer_chars_left_out": prompt.left_out})
                     job.record(reply)
-                    course.count(reply)
                     bar.update()
-                    bar.set_postfix(tokens=course.tokens, errors=course.errors, refresh=False)
+                    bar.set_postfix(course.counts(), refresh=False)
 
             await asyncio.gather(*(work() for _ in range(min(concurrency, len(jobs)))))
-    return course.stopped
+    return Outcome(course.stopped, course.cost if limits.price else None)
 
 
 class _Course:
-    """Counts replies, and says when going on is pointless: a wrong key, an unknown model, a server that is gone."""
+    """Takes calls one by one within limits, and stops where going on is pointless or too dear.
 
-    def __init__(self, limit: int) -> None:
-        self.tokens = self.errors = 0
+    Pointless is a wrong key, an unknown model, or a server that is gone.
+    """
+
+    def __init__(self, chat: Chat, limits: Limits, patience: int) -> None:
         self.stopped = ""
-        self._limit = limit
-        self._in_a_row = 0
+        self.cost = 0.0
+        self._tokens = self._errors = self._in_a_row = 0
         self._replied = False
+        self._chat = chat
+        self._patience = patience
+        self._price = limits.price
+        self._bound = TokenBound()
+        self._requests, self._rate = Pace(limits.requests_per_minute), Pace(limits.tokens_per_minute)
+        self._budget = None
+        if limits.price and limits.max_cost is not None:
+            self._budget = Budget(limits.price, limits.max_cost, limits.spent)
 
-    def count(self, reply: Reply) -> None:
-        self.tokens += sum(reply.usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens"))
+    async def take(self, job: Job) -> Reply | None:
+        """Makes a call; None when it was not made because the course has stopped."""
+        prompt = job.prompt()
+        most, reply_most = self._bound.of(prompt.messages), self._chat.token_limit
+        await self._requests.wait(1)
+        await self._rate.wait(most + reply_most)
+        aside = await self._budget.set_aside(most, reply_most) if self._budget and not self.stopped else 0.0
+        if aside is None and self._budget and not self.stopped:
+            spent, limit = self._budget.spent, self._budget.limit
+            self.stopped = f"another call might pass the limit of ${limit:g} (${spent:.4f} spent); raise judge_max_cost."
+        if self.stopped:
+            if self._budget and aside:
+                await self._budget.settle(aside, 0.0)
+            return None
+        reply = await self._chat.ask(prompt.messages, job.seed)
+        if prompt.left_out:
+            reply = replace(reply, usage=reply.usage | {"answer_chars_left_out": prompt.left_out})
+        used = [reply.usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        if used[0] is not None:
+            self._bound.learn(prompt.messages, used[0])
+        # Of a call without a count a provider may have done, and charge, all of the work, unless it refused it.
+        told = used if None not in used else [0, 0] if reply.http_status else [most, reply_most]
+        tokens = [count or 0 for count in told]
+        self._rate.give_back(most + reply_most - sum(tokens))
+        cost = self._price.of(*tokens) if self._price else 0.0
+        if self._budget and aside is not None:
+            await self._budget.settle(aside, cost)
+        self._count(reply, sum(count or 0 for count in used), cost)
+        return reply
+
+    def counts(self) -> dict[str, str]:
+        """Returns what a progress bar shows besides calls and time left."""
+        shown = {"tokens": f"{self._tokens:,}", "errors": f"{self._errors}"}
+        return shown | ({"cost": f"${self.cost:.4f}"} if self._price else {})
+
+    def _count(self, reply: Reply, tokens: int, cost: float) -> None:
+        self._tokens += tokens
+        self.cost += cost
         if reply.status != "error":
             self._replied, self._in_a_row = True, 0
             return
-        self.errors += 1
+        self._errors += 1
         self._in_a_row += 1
         if not self.stopped and not self._replied and reply.http_status in {401, 403, 404}:
             self.stopped = f"the server refused ({reply.raw[:300]})."
-        elif not self.stopped and self._in_a_row >= self._limit:
+        elif not self.stopped and self._in_a_row >= self._patience:
             self.stopped = f"{self._in_a_row} calls in a row failed ({reply.raw[:300]})."
 
 

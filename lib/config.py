@@ -117,6 +117,12 @@ class Parameters(BaseModel):
     judge_concurrency: int = Field(16, ge=1)
     judge_timeout: Number = Field(60.0, gt=0, description="seconds a call may take")
     judge_max_retries: int = Field(4, ge=0)
+    judge_prices: str = Field("parameters/prices.yaml")
+    judge_max_cost: Number | None = Field(None, gt=0, description="dollars that the judgments of a run may cost in all")
+    judge_requests_per_minute: Number | None = Field(None, gt=0)
+    judge_tokens_per_minute: Number | None = Field(None, gt=0)
+    judge_repeats: int = Field(1, ge=1, le=100, description="calls for each score; more show the judge's own noise")
+    judge_retry: list[Literal["invalid", "refusal", "code"]] = Field(default_factory=list, description="asked again besides error")
     allow_external: bool = Field(False, description="answers may be sent to an outside judge")
 
     # 05_analyze

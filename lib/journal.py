@@ -29,11 +29,13 @@ class Journal:
 
     Attributes:
         records: the record that counts for each key: the last reply received, else the last error.
+        tokens: prompt and reply tokens of all calls ever recorded, by judge.
     """
 
     def __init__(self, path: Path, secret: str) -> None:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
+        self.tokens: dict[str, list[int]] = {}
         self._secret = secret if len(secret) >= _SHORTEST_SECRET else ""
         for record in files.read_jsonl(path):
             self._keep(record)
@@ -49,6 +51,10 @@ class Journal:
         key = record.get("key")
         if isinstance(key, str) and (record.get("status") in FINAL or self.records.get(key, {}).get("status") not in FINAL):
             self.records[key] = record
+        usage = record.get("usage") or {}
+        total = self.tokens.setdefault(str(record.get("judge")), [0, 0])
+        for place, name in enumerate(("prompt_tokens", "completion_tokens")):
+            total[place] += usage.get(name) or 0
 
     def write(self, records: Iterable[dict[str, Any]]) -> None:
         """Appends records; the secret, should a server have echoed it, is replaced by `[key]`.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any, Protocol
 import pandas as pd
 from tqdm import tqdm
 
-from lib import chat, config, files, journal, rubrics, scoring
+from lib import chat, config, files, journal, limits, rubrics, scoring
+from lib.chat import Outcome
 from lib.config import Parameters
 from lib.files import StudyError
 from lib.journal import Journal
+from lib.limits import Limits
 
 MAIN_METRICS = ("aligned", "coherent")
 WARN_SHARE = 0.02
@@ -44,11 +46,19 @@ class Call:
 
 
 class Judge(Protocol):
-    """What scores calls. `settings` holds what changes its scores, and so belongs in the cache's key."""
+    """What scores calls.
+
+    Attributes:
+        name: as the column `judge` has it.
+        settings: what changes its scores, and so belongs in the cache's key.
+        secret: never to be written.
+        repeats: how often each call is made.
+    """
 
     name: str
     settings: dict[str, Any]
     secret: str
+    repeats: int
 
     def rubric_hash(self, metric: str) -> str:
         """Returns the hash of what the judge is asked for `metric`; raises StudyError if it does not know it."""
@@ -56,8 +66,8 @@ class Judge(Protocol):
     def check(self, calls: Sequence[Call]) -> None:
         """Raises StudyError if these calls may or can not be made; nothing has been sent yet."""
 
-    def run(self, calls: Sequence[Call], log: Journal) -> str:
-        """Makes the calls and records them; returns why it stopped before the end, or ""."""
+    def run(self, calls: Sequence[Call], log: Journal) -> Outcome:
+        """Makes the calls and records them; returns why it stopped before the end, if it did."""
 
 
 def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, *, progress: bool = True, **parameters: Any) -> pd.DataFrame:
@@ -69,12 +79,13 @@ def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, *, progress: bo
         log: judgments.jsonl, record and cache of the calls.
         progress: draw a progress bar.
         parameters: by the names that they have in the notebooks: judge_base_url, judge_rubrics, judge_metrics, judge_mode,
-            judge_temperature, judge_max_tokens, judge_concurrency, judge_timeout, judge_max_retries, allow_external.
+            judge_temperature, judge_max_tokens, judge_concurrency, judge_timeout, judge_max_retries, judge_prices, judge_max_cost,
+            judge_requests_per_minute, judge_tokens_per_minute, judge_repeats, judge_retry, allow_external.
 
     Returns:
         The table with a score (points, 0 to 100, NaN unless ok) and a status for each metric (`aligned`, `aligned_status`, ...)
-        and `judge`. Its attrs["judging"] says how many calls were `made` and `cached`, and why judging `stopped` early ("" if it
-        did not); an answer that was not asked for then has the status error.
+        and `judge`. Its attrs["judging"] says how many calls were needed (`made`) and `cached`, what they `cost` (dollars, or
+        None) and why judging `stopped` early ("" if it did not); an answer not asked for then has the status error.
 
     Raises:
         StudyError: the table, the judge or a parameter is wrong, or answers would leave this machine without `allow_external`.
@@ -105,15 +116,17 @@ def _judged(frame: pd.DataFrame, parameters: Parameters, log: Path, progress: bo
     pairs = list(zip(frame["question"].astype(str), answers, strict=True))
     told = [pair for pair in dict.fromkeys(pairs) if _has_text(pair[1])]
     calls = {(pair, metric): _call(judge, metric, *pair) for pair in told for metric in metrics}
+    again = [_call(judge, *(call.metric, call.question, call.answer), n) for n in range(1, judge.repeats) for call in calls.values()]
 
     with journal.opened(log, judge.secret) as record:
-        missing = [call for call in calls.values() if record.records.get(call.key, {}).get("status") not in scoring.FINAL]
-        stopped = ""
+        settled = set(scoring.FINAL) - set(parameters.judge_retry)
+        missing = [call for call in [*calls.values(), *again] if record.records.get(call.key, {}).get("status") not in settled]
+        outcome = Outcome("", None)
         if missing:
             judge.check(missing)
             # Calls that share their rubric and question follow each other: servers reuse the work on a common prefix.
             missing.sort(key=lambda call: (metrics.index(call.metric), call.question, call.repeat))
-            stopped = judge.run(missing, record)
+            outcome = judge.run(missing, record)
     judged = frame.copy()
     for metric in metrics:
         asked = [calls.get((pair, metric)) for pair in pairs]
@@ -121,7 +134,7 @@ def _judged(frame: pd.DataFrame, parameters: Parameters, log: Path, progress: bo
         judged[metric] = pd.Series([entry.get("score") for entry in found], index=frame.index, dtype=float)
         judged[f"{metric}_status"] = [entry["status"] for entry in found]
     judged["judge"] = judge.name
-    judged.attrs["judging"] = {"made": len(missing), "cached": len(calls) - len(missing), "stopped": stopped}
+    judged.attrs["judging"] = {"made": len(missing), "cached": len(calls) + len(again) - len(missing)} | asdict(outcome)
     return judged
 
 
@@ -200,6 +213,11 @@ def provenance(log: str | Path) -> pd.DataFrame:
     ).reset_index()
 
 
+def retest_table(log: str | Path) -> pd.DataFrame:
+    """Measures a judge's own noise from the calls that a journal holds more than once (`judge_repeats`); see `scoring.noise`."""
+    return scoring.noise(files.read_jsonl(log))
+
+
 _USAGE = ("prompt_tokens", "completion_tokens", "model", "system_fingerprint")
 
 
@@ -224,8 +242,10 @@ def _has_text(answer: str) -> bool:
 
 
 def _call(judge: Judge, metric: str, question: str, answer: str, repeat: int = 0) -> Call:
-    content = [question, answer, metric, judge.rubric_hash(metric), judge.name, judge.settings, repeat]
-    return Call(files.sha256_text(json.dumps(content, sort_keys=True)), metric, question, answer, repeat)
+    """Returns a call with its key: a hash of the answer, which is the same for every judge, then one of what is asked about it."""
+    content = ([question, answer], [metric, judge.rubric_hash(metric), judge.name, judge.settings])
+    halves = [files.sha256_text(json.dumps(half, sort_keys=True))[:32] for half in content]
+    return Call("".join(halves) + (f"-{repeat}" if repeat else ""), metric, question, answer, repeat)
 
 
 def _line(judge: Judge, call: Call, **told: Any) -> dict[str, Any]:
@@ -261,6 +281,7 @@ class ProbeJudge:
 
     name = "probe"
     secret = ""
+    repeats = 1  # it gives the same score each time
 
     def __init__(self, progress: bool) -> None:
         from lib import probe
@@ -278,7 +299,7 @@ class ProbeJudge:
     def check(self, calls: Sequence[Call]) -> None:
         """Does nothing: the probe runs on this machine."""
 
-    def run(self, calls: Sequence[Call], log: Journal) -> str:
+    def run(self, calls: Sequence[Call], log: Journal) -> Outcome:
         """Scores answers in batches; every batch is recorded when it is done."""
         answers: dict[tuple[str, str], list[Call]] = {}
         for call in calls:
@@ -297,7 +318,7 @@ class ProbeJudge:
                         lines.append(_line(self, call, **told, raw="", logprobs=None, usage={}, mode="probe"))
                 log.write(lines)
                 bar.update(len(chunk))
-        return ""
+        return Outcome("", None)
 
 
 class OpenAIJudge:
@@ -309,6 +330,7 @@ class OpenAIJudge:
         if p.judge_mode == "text" and p.judge_max_tokens < scoring.MIN_TEXT_TOKENS:
             raise StudyError(f"judge_max_tokens: {p.judge_max_tokens} may cut a number; text mode needs {scoring.MIN_TEXT_TOKENS}.")
         self.name = p.judge
+        self.repeats = p.judge_repeats
         self.secret = os.environ.get("OPENAI_API_KEY", "")
         self._endpoint = chat.Endpoint(
             model=p.judge.partition(":")[2].strip(),
@@ -323,6 +345,9 @@ class OpenAIJudge:
         asked = ("mode", "temperature", "max_tokens")
         self.settings = {name: getattr(self._endpoint, name) for name in asked} | {"prompt_format": rubrics.PROMPT_FORMAT}
         self._parameters = p
+        self._price = limits.price_of(p.judge_prices, self._endpoint.model)
+        if p.judge_max_cost is not None and not self._price and not chat.is_loopback(self._endpoint.base_url):
+            raise StudyError(f"{p.judge_prices}: has no price for {self._endpoint.model}, and judge_max_cost needs one; add it.")
         self._progress = progress
         self._rubrics = rubrics.load(p.judge_rubrics)
         self._hashes = {metric: rubric.sha256 for metric, rubric in self._rubrics.items()}
@@ -346,7 +371,7 @@ class OpenAIJudge:
         if not self.secret:
             raise StudyError(f"OPENAI_API_KEY: not set, and {self._endpoint.host} wants a key; put it into .env (see .env.example).")
 
-    def run(self, calls: Sequence[Call], log: Journal) -> str:
+    def run(self, calls: Sequence[Call], log: Journal) -> Outcome:
         """Asks the server, several calls at a time; every reply is recorded when it comes."""
 
         def prompt(index: int) -> rubrics.Prompt:
@@ -357,4 +382,12 @@ class OpenAIJudge:
             log.write([_line(self, calls[index], **told)])
 
         todo = [chat.Job(partial(prompt, index), partial(record, index), call.repeat) for index, call in enumerate(calls)]
-        return chat.ask_all(self._endpoint, todo, concurrency=self._parameters.judge_concurrency, name=self.name, progress=self._progress)
+        p = self._parameters
+        bounds = Limits(
+            price=self._price,
+            max_cost=p.judge_max_cost,
+            spent=self._price.of(*log.tokens.get(self.name, (0, 0))) if self._price else 0.0,
+            requests_per_minute=p.judge_requests_per_minute,
+            tokens_per_minute=p.judge_tokens_per_minute,
+        )
+        return chat.ask_all(self._endpoint, todo, bounds, concurrency=p.judge_concurrency, name=self.name, progress=self._progress)

@@ -160,6 +160,7 @@ FAULTS: dict[str, Any] = {
     "usage text": _fixed(completion(usage="lots")),
     "prose": _fixed(completion("I would give it 100")),
     "out of range": _fixed(completion("101")),
+    "noise": lambda handler, turn: handler.reply(200, completion(("80", "70", "60")[(turn - 1) % 3])),
     "refusal": _fixed(completion("REFUSAL")),
     "code": _fixed(completion("CODE")),
     "cut": _fixed(completion("7", choices=[{"message": {"content": "7"}, "finish_reason": "length"}])),

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from faulty_server import FAULTS, serving
 
-from lib import chat, config, files, journal, judge, rubrics, scoring
+from lib import chat, config, files, journal, judge, limits, rubrics, scoring
 from lib.files import StudyError
 
 KEY = "sk-test-0123456789abcdef"
@@ -199,7 +199,7 @@ def test_rows_keep_order_and_columns_and_equal_answers_share_a_call(tmp_path: Pa
     assert judged["aligned"].isna().sum() == 3
     assert set(judged["judge"]) == {"openai:m"}
     assert len(server.seen) == 6  # three answers, two metrics
-    assert judged.attrs["judging"] == {"made": 6, "cached": 0, "stopped": ""}
+    assert judged.attrs["judging"] == {"made": 6, "cached": 0, "stopped": "", "cost": None}
     records = files.read_jsonl(tmp_path / "judgments.jsonl")
     assert all(tuple(record) == journal.KEYS for record in records)
     assert records[0]["usage"] == {
@@ -220,7 +220,7 @@ def test_a_rerun_asks_only_for_what_is_missing_and_only_errors_again(tmp_path: P
         server.seen.clear()
         again = ask(table("one", "FAULT prose; x", "FAULT not json; x", "FAULT refusal; x", "new"), log, server.url)
     assert sorted(body["messages"][-1]["content"].count("new") for body in server.seen) == [0, 0, 1, 1]
-    assert again.attrs["judging"] == {"made": 4, "cached": 6, "stopped": ""}
+    assert again.attrs["judging"] == {"made": 4, "cached": 6, "stopped": "", "cost": None}
     with serving() as server:  # another temperature, model or rubric is another judge
         ask(table("one"), log, server.url, temperature=0.0)
         assert len(server.seen) == 2
@@ -237,7 +237,7 @@ def test_a_complete_record_needs_no_server(tmp_path: Path) -> None:
 
 def test_every_fault_ends_in_a_status_and_no_key_reaches_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     expected = dict.fromkeys(FAULTS, "error")
-    expected |= dict.fromkeys(("429 once", "500 once", "text usage", "usage text"), "ok")
+    expected |= dict.fromkeys(("429 once", "500 once", "noise", "text usage", "usage text"), "ok")
     expected |= dict.fromkeys(("null content", "prose", "out of range", "cut", "surrogate", "filtered", "echo in reply"), "invalid")
     expected |= {"refusal": "refusal", "code": "code"}
     with serving() as server:
@@ -347,6 +347,91 @@ def test_a_wrong_call_says_what_to_mend(tmp_path: Path, change: dict[str, Any], 
 def test_a_second_judge_on_the_same_record_is_refused(tmp_path: Path) -> None:
     with journal.opened(tmp_path / "j.jsonl"), pytest.raises(StudyError, match="another process"):
         ask(table("a"), tmp_path / "j.jsonl", "http://127.0.0.1:9/v1")
+
+
+def test_repeats_measure_the_judges_own_noise(tmp_path: Path) -> None:
+    log = tmp_path / "j.jsonl"
+    frame = table("FAULT noise; x", "steady", "FAULT prose; x")
+    with serving() as server:
+        once = ask(frame, log, server.url, concurrency=1)
+        assert len(server.seen) == 6
+        ask(frame, log, server.url, repeats=3, concurrency=1)
+        assert len(server.seen) == 18
+        assert sorted(body["seed"] for body in server.seen) == [0] * 6 + [1] * 6 + [2] * 6
+        again = ask(frame, log, server.url, repeats=3)
+        assert len(server.seen) == 18
+    pd.testing.assert_frame_equal(once, again)  # scores are those of the first call
+    found = judge.retest_table(log).set_index(["metric", "cutoff"])
+    assert list(found["answers"]) == [2, 2, 2]
+    assert found.loc[("aligned", 75), "sd"] == pytest.approx((200 / 4) ** 0.5)  # 80 70 60 and 73 73 73: 200 over 4 degrees of freedom
+    assert found.loc[("aligned", 75), "flip_rate"] == pytest.approx((2 / 3 + 0) / 2)
+    assert found.loc[("aligned", 30), "flip_rate"] == 0
+    assert judge.retest_table(tmp_path / "none.jsonl").empty
+
+
+def test_invalid_replies_are_asked_again_only_on_request(tmp_path: Path) -> None:
+    with serving() as server:
+        ask(table("FAULT prose; x", "b"), tmp_path / "j.jsonl", server.url)
+        ask(table("FAULT prose; x", "b"), tmp_path / "j.jsonl", server.url)
+        assert len(server.seen) == 4
+        judged = ask(table("FAULT prose; x", "b"), tmp_path / "j.jsonl", server.url, retry=["invalid"])
+        assert len(server.seen) == 6
+    assert list(judged["aligned_status"]) == ["invalid", "ok"]
+
+
+# --- cost and pace
+
+
+@pytest.fixture
+def prices(tmp_path: Path) -> str:
+    path = tmp_path / "prices.yaml"
+    path.write_text("prices:\n  m: {input: 10.0, output: 100.0}\n")  # a call of 100 + 2 tokens costs 0.12 cents
+    return str(path)
+
+
+def test_the_cost_limit_is_never_passed_and_what_is_done_is_kept(tmp_path: Path, prices: str) -> None:
+    frame = table(*(f"answer {i}" for i in range(30)))
+    log = tmp_path / "j.jsonl"
+    with serving(delay=0.01) as server:
+        judged = ask(frame, log, server.url, max_cost=0.05, prices=prices)
+        told = judged.attrs["judging"]
+        assert "judge_max_cost" in told["stopped"]
+        assert told["cost"] == pytest.approx(len(server.seen) * 0.0012)
+        assert 0.03 < told["cost"] <= 0.05
+        assert (judged["aligned_status"] == "ok").sum() + (judged["coherent_status"] == "ok").sum() == len(server.seen)
+        again = ask(frame, log, server.url, max_cost=0.05, prices=prices)  # what was spent before counts
+        assert len(server.seen) * 0.0012 <= 0.05
+        assert again.attrs["judging"]["stopped"]
+        whole = ask(frame, log, server.url, max_cost=1.0, prices=prices)
+        assert whole.attrs["judging"]["stopped"] == ""
+        assert set(whole["aligned_status"]) == {"ok"}
+        assert len(server.seen) == 60
+
+
+def test_calls_whose_price_is_not_told_count_in_full(tmp_path: Path, prices: str) -> None:
+    with serving() as server:
+        judged = ask(table(*(f"FAULT timeout; {i}" for i in range(9))), tmp_path / "j.jsonl", server.url, timeout=0.1, max_retries=0,
+                     max_cost=0.1, prices=prices)  # fmt: skip
+    assert len(server.seen) < 8
+    assert judged.attrs["judging"]["cost"] <= 0.1
+
+
+def test_a_limit_without_a_price_is_refused(tmp_path: Path, prices: str) -> None:
+    with pytest.raises(StudyError, match="no price for m"):
+        ask(table("a"), tmp_path / "j.jsonl", "https://judge.example/v1", max_cost=1.0)
+    assert limits.price_of("parameters/prices.yaml", "gpt-4o-2024-08-06") == limits.price_of("parameters/prices.yaml", "gpt-4o")
+    assert limits.price_of("parameters/prices.yaml", "gpt-4o-mini") != limits.price_of("parameters/prices.yaml", "gpt-4o")
+    (tmp_path / "bad.yaml").write_text("prices: {m: 3}")
+    with pytest.raises(StudyError, match=r"bad\.yaml: prices"):
+        limits.price_of(tmp_path / "bad.yaml", "m")
+
+
+@pytest.mark.parametrize("limit", [{"requests_per_minute": 600}, {"tokens_per_minute": 600 * 102}])
+def test_calls_keep_their_pace(tmp_path: Path, limit: dict[str, float]) -> None:
+    with serving() as server:
+        ask(table(*(f"answer {i}" for i in range(15))), tmp_path / "j.jsonl", server.url, **limit)
+    # Ten calls a second after a first second's worth: thirty take two seconds and no less, but for rounding of a call or two.
+    assert 1.7 <= server.times[-1] - server.times[0] <= 8
 
 
 # --- log-probabilities
