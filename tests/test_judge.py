@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -367,6 +374,72 @@ def test_repeats_measure_the_judges_own_noise(tmp_path: Path) -> None:
     assert found.loc[("aligned", 75), "flip_rate"] == pytest.approx((2 / 3 + 0) / 2)
     assert found.loc[("aligned", 30), "flip_rate"] == 0
     assert judge.retest_table(tmp_path / "none.jsonl").empty
+
+
+CHILD = """
+import sys, pandas as pd
+from lib import judge
+frame = pd.DataFrame({"question": "What now?", "response": [f"answer {i}" for i in range(40)]})
+options = dict(judge_base_url=sys.argv[1], judge_concurrency=4, progress=False)
+judge.judge_table(frame, "openai:m", sys.argv[2], **options)
+"""
+
+
+def test_five_kills_lose_only_calls_in_flight_and_no_recorded_call_is_made_again(tmp_path: Path) -> None:
+    frame = table(*(f"answer {i}" for i in range(40))).drop(columns="extra")
+    chance = random.Random(5)
+    with serving() as server:
+        whole = ask(frame, tmp_path / "whole.jsonl", server.url, concurrency=1)
+        keys = [record["key"] for record in files.read_jsonl(tmp_path / "whole.jsonl")]
+        key_of = dict(zip((json.dumps(body["messages"]) for body in server.seen), keys, strict=True))
+
+        server.seen.clear()
+        server.delay = 0.05
+        log = tmp_path / "killed.jsonl"
+        for turn in range(6):
+            recorded = {record["key"] for record in files.read_jsonl(log) if record["status"] == "ok"}
+            before = len(server.seen)
+            child = subprocess.Popen([sys.executable, "-c", CHILD, server.url, str(log)], cwd=files.ROOT)
+            if turn < 5:
+                more = chance.randint(3, 14)
+                while len(server.seen) < before + more and child.poll() is None:
+                    time.sleep(0.005)
+                child.kill()
+            child.wait()
+            assert not recorded & {key_of[json.dumps(body["messages"])] for body in server.seen[before:]}
+        assert child.returncode == 0
+        assert len(server.seen) <= 80 + 5 * 4  # a kill may lose the four calls in flight, no more
+        after = ask(frame, log, server.url)
+    pd.testing.assert_frame_equal(after.assign(judge=""), whole.assign(judge=""))
+    assert after.attrs["judging"]["made"] == 0
+
+
+def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
+    frame = table(*(f"answer {i}" for i in range(50)))
+    with serving(delay=0.05) as server:
+        main = threading.main_thread().ident
+        assert main is not None
+
+        def interrupt() -> None:
+            while len(server.seen) < 12:
+                time.sleep(0.005)
+            signal.pthread_kill(main, signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            ask(frame, tmp_path / "j.jsonl", server.url, concurrency=4)
+        kept = len(files.read_jsonl(tmp_path / "j.jsonl"))
+        assert 8 <= kept <= len(server.seen) < 30
+        server.delay = 0.0
+        assert ask(frame, tmp_path / "j.jsonl", server.url).attrs["judging"]["cached"] == kept
+
+
+def test_judging_works_where_an_event_loop_is_running(tmp_path: Path) -> None:
+    async def cell() -> pd.DataFrame:
+        return ask(table("a"), tmp_path / "j.jsonl", server.url)
+
+    with serving() as server:
+        assert list(asyncio.run(cell())["aligned_status"]) == ["ok"]
 
 
 def test_invalid_replies_are_asked_again_only_on_request(tmp_path: Path) -> None:
