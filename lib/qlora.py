@@ -312,10 +312,10 @@ def checkpoint_table(run: Path, last: int = 10) -> pd.DataFrame:
     import pandas as pd
 
     record = files.read_json(run / "training.json")
-    log = files.read_csv(run / "training_log.csv").set_index("step")
+    log = files.read_csv(run / "training_log.csv")
     rows = []
     for step, folder in checkpoints(run).items():
-        window = log.loc[max(1, step - last + 1) : step]
+        window = log[(log["step"] > step - last) & (log["step"] <= step)]
         rows.append(
             {
                 "step": step,
