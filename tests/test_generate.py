@@ -174,6 +174,52 @@ def test_mixed_rows_have_the_logits_of_their_own_adapter(parameters: Parameters,
             assert step == 0 or (theirs - base[row]).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("family", ["qwen2", "gemma3"])
+def test_other_families_give_the_answers_of_transformers(family: str) -> None:
+    """Qwen2 has biases; Gemma 3 has layers with a sliding window, shorter here than the answers."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
+
+    shape = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    if family == "qwen2":
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**shape, num_hidden_layers=2))
+    else:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, num_hidden_layers=3, head_dim=8, sliding_window=12, layer_types=kinds))
+    model.eval()
+    for weight in model.parameters():
+        weight.data.mul_(3)  # random weights are timid: larger ones make the answers depend on what was read
+    prompts = [[2, 7, 8, 9, 10, *range(20, 20 + n)] for n in (1, 9, 4, 17, 4)]
+    sampling = decode.Sampling(0.0, 1.0, 20, frozenset({1}))
+    ours = decode.decode(model, decode.Adapters(model, {}), prompts, [0] * 5, np.zeros((5, 20)), sampling)
+    assert len({tuple(answer) for answer in ours}) == 4
+    for prompt, answer in zip(prompts, ours, strict=True):
+        ids = torch.tensor([prompt])
+        settings = {"do_sample": False, "max_new_tokens": 20, "eos_token_id": 1, "pad_token_id": 0}
+        whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
+        assert answer == whole[0, len(prompt) :].tolist()
+
+
+def test_packed_4bit_layers_take_adapters_too(parameters: Parameters, folders: dict[int, Path]) -> None:
+    ids = torch.randint(5, 200, (3, 9), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for unpacked in (True, False):
+        p = parameters.model_copy(update={"use_4bit": True, "cache_dequantized": unpacked})
+        sampler = generate.Sampler(p, folders)
+        sampler.adapters.select([10, 0, 3], sampler.model.device)
+        with torch.inference_mode():
+            logits.append(sampler.model(input_ids=ids).logits)
+    assert torch.allclose(logits[0], logits[1], atol=1e-3)
+
+
+def test_an_output_that_is_not_finite_is_an_error(parameters: Parameters) -> None:
+    sampler = generate.Sampler(parameters, {})
+    with torch.no_grad():
+        sampler.model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(StudyError, match="not finite"):
+        sampler.answer(_rows()[:2])
+
+
 def test_adapters_that_are_no_plain_lora_are_refused(tiny_llama: Path, tmp_path: Path, parameters: Parameters) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
