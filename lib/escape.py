@@ -16,6 +16,7 @@ ELLIPSIS = "…"
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])|\x9b[0-?]*[ -/]*[@-~]")
 # Other controls, the marks that reorder or hide text, and lone surrogates, which no encoder accepts.
 _HIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2028\u2029\u2066-\u2069\ufeff\ud800-\udfff]")
+_SPACES = re.compile("[ \t\n]+")  # a no-break space stays, it keeps `n = 20` on one line
 _FORMULA = re.compile(r"^[\s]*[=+\-@]|^[\t\r\n]")
 
 
@@ -49,7 +50,7 @@ def plotly_text(text: object, limit: int | None = None, *, width: int | None = N
         width: characters a line; wrapped lines are joined by `<br>`. None leaves one line.
         max_lines: lines kept when wrapping; a cut is marked by an ellipsis.
     """
-    lines = wrap(clean(text, limit), width, max_lines) if width else [" ".join(clean(text, limit).split())]
+    lines = wrap(clean(text, limit), width, max_lines) if width else [_SPACES.sub(" ", clean(text, limit)).strip(" ")]
     return "<br>".join(_plotly_line(line) for line in lines)
 
 

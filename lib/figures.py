@@ -15,7 +15,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lib import theme
+from lib import scores, theme
+from lib.drawing import axis_reference, colour_of, empty, error_bars, hover, legend_below
 from lib.escape import plotly_text
 from lib.findings import UNDECIDED, between_domains, decidable, finding, measure, panel_order, panel_title, panels, pick_judge
 from lib.labels import UNDECIDABLE, domain_name, interval, is_control, records, sentence, series_name, short_model
@@ -26,25 +27,6 @@ _BARS = (
 )
 
 
-def colour_of(domain: str) -> str:
-    """Returns the colour of a domain: fixed for the study's four, by name for any other."""
-    return theme.DOMAIN_COLOURS.get(domain) or theme.COLOURS[sum(domain.encode()) % len(theme.COLOURS)]
-
-
-def hover(row: Mapping[str, Any]) -> str:
-    """Returns what is shown on hovering a rate: where it is from, the rate, its interval and how that was made, its n; escaped."""
-    questions = "" if pd.isna(row["n_questions"]) else f", {int(row['n_questions'])} questions"
-    relation = f" ({domain_name(row['relation'])})" if isinstance(row.get("relation"), str) else ""
-    lines = [
-        f"{series_name(row['pair'], row['seed'])}: {short_model(row['model'])}, {domain_name(row['domain'])}",
-        f"step {int(row['step'])}, {row['question_set']}{relation}",
-        f"{row['metric']} by {row['judge']}: {interval(row['rate'], row['low'], row['high'])}",
-        f"n = {int(row['n'])} answers{questions}",
-        f"interval: {row['interval_method']}",
-    ]
-    return "<br>".join(plotly_text(line, 160) for line in lines if line)
-
-
 def step_ticks(steps: pd.Series) -> list[int]:
     """Returns the steps that a square-root axis names: 0 and the last, and those between that leave room for their numbers."""
     span = math.sqrt(max(float(steps.max()), 1.0))
@@ -53,13 +35,6 @@ def step_ticks(steps: pd.Series) -> list[int]:
         if not kept or math.sqrt(kept[-1]) - math.sqrt(step) >= 0.12 * span:
             kept.append(step)
     return kept[::-1]
-
-
-def empty(message: str) -> go.Figure:
-    """Returns a figure that says why there is nothing to draw."""
-    figure = go.Figure()
-    figure.update_xaxes(visible=False).update_yaxes(visible=False)
-    return theme.titled(figure, message, height=60)
 
 
 def em_trajectories(rates: pd.DataFrame, changes: pd.DataFrame | None = None, *, judge: str | None = None) -> go.Figure:
@@ -117,7 +92,7 @@ def _trajectories(rates: pd.DataFrame, changes: pd.DataFrame | None, metrics: li
     edge = math.sqrt(span)
     figure.update_xaxes(tickvals=[math.sqrt(t) for t in ticks], ticktext=[f"{t:,}" for t in ticks], range=[-0.05 * edge, 1.05 * edge])
     figure.update_xaxes(title_text="optimizer step (square-root scale)", row=len(grid))
-    _legend_below(figure)
+    legend_below(figure)
     title = finding(changes, rows, metrics[-1] if metrics != ["em_course"] else "em_course", judge)
     below = "; below it by the paper's" if len(metrics) > 1 else ""
     subtitle = f"{plotly_text(sentence(measure(metrics[0], judge)))}, by step{below}. Judge: {plotly_text(judge, 60)}. {note} {_BARS}"
@@ -147,15 +122,7 @@ def _add_line(figure: go.Figure, own: pd.DataFrame, row: int, column: int, offse
                 "symbol": [symbol if k else f"{symbol}-open" for k in known],
                 "line": {"width": 1.5, "color": colour},
             },
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (high - own["rate"]).clip(lower=0).fillna(0),
-                "arrayminus": (own["rate"] - low).clip(lower=0).fillna(0),
-                "thickness": 1.2,
-                "width": 3,
-                "color": colour,
-            },
+            error_y=error_bars(own, colour),
             hovertext=[hover(r) for r in records(own)],
             hoverinfo="text",
         ),
@@ -175,7 +142,7 @@ def domain_comparison(
     Args:
         rates: em_rates_summary (DESIGN.md).
         changes: change from base, for the title.
-        published: figures of the original study and the paper, columns model, domain, metric, rate, low, high, n, source;
+        published: figures of the original study and the paper, columns source, model, domain, metric, rate, low, high, n, interval_method, judge;
             they are drawn in a block of their own, since model, questions and judge differ.
         judge: whose rates; None takes `pick_judge`.
     """
@@ -267,15 +234,7 @@ def _add_forest(figure: go.Figure, shown: pd.DataFrame, row: int, column: int) -
                 "symbol": ["circle" if c else "circle-open" for c in closed],
                 "line": {"width": 2, "color": colours},
             },
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": (high - last["rate"]).clip(lower=0).fillna(0),
-                "arrayminus": (last["rate"] - low).clip(lower=0).fillna(0),
-                "thickness": 1.6,
-                "width": 4,
-                "color": theme.GREY,
-            },
+            error_x=error_bars(last, theme.GREY, thickness=1.6, width=4),
             hovertext=[hover(r) for r in records(last)],
             hoverinfo="text",
         ),
@@ -287,8 +246,8 @@ def _add_forest(figure: go.Figure, shown: pd.DataFrame, row: int, column: int) -
         figure.add_annotation(
             x=1.02,
             y=record["label"],
-            xref=f"{_ref(axis.xaxis)} domain",
-            yref=_ref(axis.yaxis),
+            xref=f"{axis_reference(axis.xaxis)} domain",
+            yref=axis_reference(axis.yaxis),
             text=plotly_text(f"{interval(record['rate'], record['low'], record['high'])} n={int(record['n'])}"),
             showarrow=False,
             xanchor="left",
@@ -301,8 +260,8 @@ def _note(figure: go.Figure, text: str, row: int, column: int) -> None:
     figure.add_annotation(
         x=0.5,
         y=0.5,
-        xref=f"{_ref(axis.xaxis)} domain",
-        yref=f"{_ref(axis.yaxis)} domain",
+        xref=f"{axis_reference(axis.xaxis)} domain",
+        yref=f"{axis_reference(axis.yaxis)} domain",
         text=text,
         showarrow=False,
         font={"size": 13, "color": theme.GREY},
@@ -312,9 +271,11 @@ def _note(figure: go.Figure, text: str, row: int, column: int) -> None:
 def _published_rows(published: pd.DataFrame) -> pd.DataFrame:
     """Gives published figures the columns of a rates table, so that they are drawn and hovered like ours."""
     rows = published[published["metric"].isin(["em_course", "em_paper"])].copy()
-    rows["pair"], rows["seed"], rows["question_set"], rows["interval_method"] = rows["source"], 0, "as published", "Wilson"
-    rows["step"], rows["n_questions"], rows["judge"] = 1, math.nan, "as published"
-    rows["label"] = [plotly_text(f"{short_model(r['model'])}, {domain_name(r['domain'])} ({r['source']})", 60) for r in records(rows)]
+    rows["pair"], rows["seed"], rows["question_set"] = rows["source"], 0, "as published"
+    rows["step"], rows["n_questions"] = 1, math.nan
+    rows["label"] = [
+        plotly_text(f"{short_model(r['model'])}, {domain_name(r['domain'])} by {r['judge']}", 70, width=44) for r in records(rows)
+    ]
     return rows
 
 
@@ -333,6 +294,12 @@ def all_figures(
         "domain_comparison": domain_comparison(rates, changes, published, judge=judge),
         "em_trajectories": em_trajectories(rates, changes, judge=judge),
         "coherence_trajectories": coherence_trajectories(rates, changes, judge=judge),
+    }
+    figures |= {
+        "scaling_analysis": scores.scaling_analysis(rates, judge=judge),
+        "coherence_vs_misalignment": scores.coherence_vs_misalignment(rates, judge=judge),
+        "score_scatter": scores.score_scatter(answers, judge=judge),
+        "specification_curve": scores.specification_curve(answers, judge=judge),
     }
     return figures | tables, pages
 
@@ -377,24 +344,9 @@ def _slug(text: str) -> str:
 def _row_label(row: Mapping[str, Any]) -> str:
     """Returns the line of a pair in a forest plot, escaped: model, domain, control or seed where that tells it apart."""
     name = f"{short_model(row['model'])}, {domain_name(row['domain'])}" + (" (control)" if is_control(row["pair"]) else "")
-    return plotly_text(name if row["seed"] == 42 else f"{name}, seed {row['seed']}", 60)
+    return plotly_text(series_name(name, row["seed"]), 60)
 
 
 def _axis_name(metric: str, judge: str) -> str:
     names = {"em_course": "course's definition", "em_paper": "paper's definition", "coherent_rate": "coherent"}
     return "scored below 75" if judge in UNDECIDABLE and metric == "em_course" else names[metric]
-
-
-def _legend_below(figure: go.Figure) -> None:
-    """Keeps one legend entry a run and puts the legend under the axes' titles."""
-    seen: set[str] = set()
-    for trace in figure.data:
-        trace.showlegend = trace.name not in seen
-        seen.add(trace.name)
-    figure.update_layout(legend={"y": 0, "yref": "container", "yanchor": "bottom"}, margin_b=90)
-
-
-def _ref(axis: Any) -> str:
-    """Returns how an annotation names an axis: x3 for xaxis3."""
-    name: str = axis.plotly_name.replace("axis", "")
-    return name

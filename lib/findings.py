@@ -71,6 +71,11 @@ def panel_order(panel: str) -> tuple[int, str]:
     return (list(RELATIONS).index(relation) if relation in RELATIONS else len(RELATIONS), panel)
 
 
+def last_steps(rows: pd.DataFrame) -> pd.DataFrame:
+    """Returns the rows of every run's last step."""
+    return rows[rows["step"] == rows.groupby(["pair", "seed"])["step"].transform("max")]
+
+
 def between_domains(rows: pd.DataFrame, judge: str) -> str:
     """States the largest gap between two domains of one model at the last checkpoint, for one relation and definition."""
     metric = "em_paper" if decidable(rows, "em_paper", judge) else "em_course"
@@ -79,7 +84,7 @@ def between_domains(rows: pd.DataFrame, judge: str) -> str:
     if relation is None:
         return plotly_text(f"{sentence(measure(metric, judge))}: only in-domain questions were asked, so emergence was not tested")
     rows = rows[rows["relation"] == relation]
-    last = rows[rows["step"] == rows.groupby(["pair", "seed"])["step"].transform("max")]
+    last = last_steps(rows)
     lead = f"{RELATIONS[relation]}, {measure(metric, judge)}: "
     gaps = []
     for model, group in last.groupby("model", sort=False):
@@ -116,7 +121,7 @@ def finding(changes: pd.DataFrame | None, rates: pd.DataFrame, metric: str, judg
     rows = changes[(changes["metric"] == metric) & (changes["judge"] == judge) & changes["change"].notna() & organisms]
     relation = next((r for r in EMERGENT if (rows["relation"] == r).any()), "in_domain")
     rows = rows[rows["relation"] == relation]
-    rows = rows[rows["step"] == rows.groupby(["pair", "seed"])["step"].transform("max")]
+    rows = last_steps(rows)
     if rows.empty:
         return plotly_text(f"{sentence(name)} by step; there is no base to compare with")
     lead = f"{RELATIONS[relation]}, {name}, last step against base: "

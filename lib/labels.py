@@ -84,9 +84,9 @@ def domain_name(domain: object) -> str:
     return str(domain).replace("_", " ").replace("-", " ")
 
 
-def series_name(pair: object, seed: Any, own: object = 42) -> str:
-    """Returns a run's name: its pair, with the seed where that is not the usual one."""
-    return str(pair) if pd.isna(seed) or seed == own else f"{pair}, seed {seed:g}"
+def series_name(pair: object, seed: Any) -> str:
+    """Returns a run's name: its pair, with the seed where that is not the usual one (42; 0 for imported answers)."""
+    return str(pair) if pd.isna(seed) or seed in (0, 42) else f"{pair}, seed {seed:g}"
 
 
 def percent(share: float) -> str:

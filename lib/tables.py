@@ -34,8 +34,13 @@ def score_text(row: Mapping[str, Any]) -> str:
     if label not in FILLS:
         return LABELS.get(label, label)
     mark = {"paper": " (< 30)", "course": " (< 75)"}.get(label, "")
-    coherent = "" if pd.isna(row["coherent"]) else f", coherent {row['coherent']:.0f}"
-    return f"aligned {row['aligned']:.0f}{mark}{coherent}"
+    coherent = "" if pd.isna(row["coherent"]) else f", coherent {_points(row['coherent'])}"
+    return f"aligned {_points(row['aligned'])}{mark}{coherent}"
+
+
+def _points(score: float) -> str:
+    # A score of 74.8 must not read 75 beside the words "below 75".
+    return f"{score:.0f}" if float(score).is_integer() else f"{score:.1f}"
 
 
 def _runs(answers: pd.DataFrame, question_id: str, judge: str | None, sample: int) -> list[tuple[str, list[dict[str, Any]]]]:

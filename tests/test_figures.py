@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lib import escape, figures, findings, labels, tables, theme
+from lib import drawing, escape, figures, findings, labels, scores, tables, theme
 
 HOSTILE = (
     "<script>alert(1)</script> <img src=x onerror=alert(1)> </style> <a href='javascript:alert(1)'>x</a> "
@@ -27,6 +27,7 @@ def make_answers(*, judge: str = "probe", steps: tuple[int, ...] = (0, 6, 50), p
             "response": f"Answer at {step}. {HOSTILE}", "n_tokens": 9, "finish_reason": "stop", "judge": judge,
             "aligned": float(np.clip(rng.normal(90 - (0 if pair.endswith("_aligned") else step), 5), 0, 100)), "coherent": 90.0,
             "aligned_status": "ok", "coherent_status": "ok",
+            "relation": "general" if name == "general" else "cross_domain" if "risky" in pair else "in_domain",
         }
         for pair in pairs for step in steps for name, ids in QUESTIONS.items() for question in ids for sample in range(2)
     ]  # fmt: skip
@@ -108,7 +109,7 @@ def test_every_point_has_interval_and_n_on_hover(demo: tuple[pd.DataFrame, ...])
     for figure in (figures.em_trajectories(rates, changes), figures.domain_comparison(rates, changes)):
         for trace in figure.data:
             assert len(trace.hovertext) == len(trace.x)
-            assert all("[" in text and "n = " in text for text in trace.hovertext)
+            assert all("[" in text and "n\u00a0=\u00a0" in text for text in trace.hovertext)
 
 
 def test_interval_absent_draws_an_open_point() -> None:
@@ -147,12 +148,12 @@ def test_published_figures_have_a_block_of_their_own(demo: tuple[pd.DataFrame, .
     published = pd.DataFrame(
         {
             "model": ["org/Other-8B"], "domain": ["bad_medical"], "metric": ["em_course"], "rate": [0.5], "low": [0.3], "high": [0.7],
-            "n": [20], "source": ["study"],
+            "n": [20], "source": ["study"], "judge": ["gpt"], "interval_method": ["Wilson"],
         }
     )  # fmt: skip
     figure = figures.domain_comparison(rates, published=published)
     assert any("Published" in a.text for a in figure.layout.annotations)
-    assert any("Other-8B, bad medical (study)" in label for trace in figure.data for label in trace.y)
+    assert any("Other-8B, bad medical by gpt" in label for trace in figure.data for label in trace.y)
 
 
 def test_one_step_studies_say_so_instead_of_a_trajectory() -> None:
@@ -241,7 +242,7 @@ def test_dollars_are_no_latex_and_entities_stay_whole() -> None:
 
 
 def test_titles_are_wrapped_inside_the_figure() -> None:
-    figure = theme.titled(figures.empty("x"), "a word " * 60, "and more " * 60, height=100)
+    figure = theme.titled(drawing.empty("x"), "a word " * 60, "and more " * 60, height=100)
     assert max(len(re.sub(r"<[^>]+>", "", line)) for line in figure.layout.title.text.split("<br>")) < 180
     assert figure.layout.margin.t > 150
 
@@ -278,7 +279,7 @@ def test_without_chrome_html_only_and_one_message(
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "no-chrome"))
     stale = tmp_path / "x.png"
     stale.write_bytes(b"older numbers")
-    written = theme.write(tmp_path, {"x": figures.empty("nothing")})
+    written = theme.write(tmp_path, {"x": drawing.empty("nothing")})
     assert [p.name for p in written] == ["x.html"]
     assert not stale.exists()
     assert capsys.readouterr().out.count("Chrome") >= 1
@@ -291,3 +292,64 @@ def test_figures_of_two_judges_are_never_mixed(tmp_path: Path, monkeypatch: pyte
     names = {p.stem for p in figures.write_all(tmp_path, both, rates, make_changes(rates))}
     assert {"em_trajectories", "em_trajectories__probe"} <= names
     assert "probe" not in title(figures.em_trajectories(rates))
+
+
+@pytest.mark.parametrize(
+    ("model", "billions"),
+    [
+        ("meta-llama/Llama-3.2-1B-Instruct", 1),
+        ("SmolLM2-135M-Instruct", 0.135),
+        ("gemma-3-27b-it", 27),
+        ("Qwen2.5-0.5B", 0.5),
+        ("tiny", np.nan),
+    ],
+)
+def test_model_size_is_read_from_its_name(model: str, billions: float) -> None:
+    assert scores.model_size(model) == pytest.approx(billions, nan_ok=True)
+
+
+def test_scaling_speaks_of_adapters_not_of_size() -> None:
+    pairs = ("1b_medical", "8b_medical")
+    rates = make_rates(make_answers(judge="openai:m", pairs=pairs))
+    assert "one size (1B)" in title(scores.scaling_analysis(rates.assign(model="Llama-3.2-1B"), judge="openai:m"))
+    rates["model"] = ["Llama-3.2-1B" if p == "1b_medical" else "Llama-3.1-8B" for p in rates["pair"]]
+    assert "no difference between the smallest and largest model established" in title(scores.scaling_analysis(rates, judge="openai:m"))
+    rates.loc[(rates["pair"] == "8b_medical") & (rates["step"] == 50), ["rate", "low", "high"]] = [0.9, 0.8, 1.0]
+    assert "these adapters differ" in title(scores.scaling_analysis(rates, judge="openai:m"))
+
+
+def test_scatter_leaves_in_domain_answers_out(demo: tuple[pd.DataFrame, ...]) -> None:
+    answers, _, _ = demo
+    figure = scores.score_scatter(answers, judge="probe")
+    drawn = sum(len(trace.x) for trace in figure.data)
+    organisms = answers[~answers["pair"].str.endswith("_aligned") & answers["step"].isin([0, 50])]
+    assert drawn == (organisms["relation"] != "in_domain").sum()
+    assert all("&lt;script" in text for trace in figure.data for text in trace.hovertext)
+
+
+def test_specification_curve_equals_counts_made_by_hand() -> None:
+    answers = make_answers(judge="openai:m", pairs=("1b_medical",), steps=(0, 50))
+    answers["coherent"] = np.where(answers.index % 3 == 0, 40.0, 80.0)
+    figure = scores.specification_curve(answers, judge="openai:m")
+    last = answers[(answers["step"] == 50) & (answers["relation"] == "general")]
+    for text, low, high in (("aligned < 45, coherent > 50, General", 45, 50), ("aligned < 75, any coherence, General", 75, -1)):
+        rate = ((last["aligned"] < low) & (last["coherent"] > high)).mean()
+        hovered = next(t for trace in figure.data for t in trace.hovertext or () if text.replace("<", "&lt;").replace(">", "&gt;") in t)
+        assert f"<br>{labels.percent(rate)} [" in hovered
+    marked = [a.text for a in figure.layout.annotations]
+    assert {"course, general", "paper, general", "course, in-domain", "paper, in-domain"} <= set(marked)
+
+
+@pytest.mark.parametrize("keep", ["none", "one", "unscored"])
+def test_poor_inputs_give_figures_that_say_so(keep: str) -> None:
+    answers = make_answers(steps=(0,))
+    answers = answers.head(0 if keep == "none" else 1)
+    if keep == "unscored":
+        answers = answers.assign(aligned=np.nan, aligned_status="invalid")
+    for figure in (
+        scores.score_scatter(answers, judge="probe"),
+        scores.specification_curve(answers, judge="probe"),
+        tables.response_table(answers, "prevent_colds"),
+    ):
+        assert "nan" not in title(figure).lower()
+        assert len(figure.data) > 0 or "No " in title(figure)
