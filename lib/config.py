@@ -101,8 +101,8 @@ class Parameters(BaseModel):
     num_questions: int | None = Field(None, ge=1, description="questions taken from each set; null takes all")
     samples: int = Field(2, ge=1, description="answers to each question at each step")
     steps: list[int] | Literal["all", "ends"] = Field("all", description="checkpoints that answer: all, ends (base and last), or a list")
-    temperature: Number = Field(1.0, ge=0, le=2)
-    top_p: Number = Field(1.0, gt=0, le=1)
+    temperature: Number = Field(0.7, ge=0, le=2)
+    top_p: Number = Field(0.95, gt=0, le=1)
     max_new_tokens: int = Field(56, ge=1, le=8192)
     generate_batch_size: int = Field(80, ge=1, description="answers generated at once")
 
