@@ -155,7 +155,7 @@ def statement(parameters: Parameters) -> str:
     if p.judge == "probe":
         from lib import probe
 
-        return probe.STATEMENT
+        return str(probe.report()["statement"])
     how = (
         "log-probabilities of number tokens" if p.judge_mode == "logprobs" else f"its reply's text, at temperature {p.judge_temperature:g}"
     )
