@@ -14,8 +14,10 @@ from lib.labels import domain_name, interval, series_name, short_model
 
 
 def colour_of(domain: str) -> str:
-    """Returns the colour of a domain: fixed for the study's four, by name for any other."""
-    return theme.DOMAIN_COLOURS.get(domain) or theme.COLOURS[sum(domain.encode()) % len(theme.COLOURS)]
+    """Returns the colour of a domain: fixed for the study's four however an import spells them, by name for any other."""
+    key = domain.lower().replace("-", "_").replace(" ", "_")
+    own = next((colour for name, colour in theme.DOMAIN_COLOURS.items() if key.startswith(name)), None)
+    return own or theme.COLOURS[sum(key.encode()) % len(theme.COLOURS)]
 
 
 def hover(row: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ found, with interval and n, or that no difference is established. Judges are nev
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from lib.findings import UNDECIDED, between_domains, decidable, finding, measure
 from lib.labels import UNDECIDABLE, domain_name, interval, is_control, records, sentence, series_name, short_model
 from lib.tables import RESPONSE_TABLES, response_html, response_table
 
+_NUMBERS = 150
+"""Pixels of the column of numbers right of a forest plot."""
+PUBLISHED = "Published, for comparison: other model, questions or judge"
 _BARS = (
     "Bars: 95% intervals for questions like these (answers clustered by question); an open point without a bar: too few questions for one."
 )
@@ -142,8 +146,8 @@ def domain_comparison(
     Args:
         rates: em_rates_summary (DESIGN.md).
         changes: change from base, for the title.
-        published: figures of the original study and the paper, columns source, model, domain, metric, rate, low, high, n, interval_method, judge;
-            they are drawn in a block of their own, since model, questions and judge differ.
+        published: figures of the original study and the paper (`published.read_published`), drawn in a block of their own, since
+            model, questions and judge differ.
         judge: whose rates; None takes `pick_judge`.
     """
     judge = judge or pick_judge(rates)
@@ -157,11 +161,13 @@ def domain_comparison(
         (panel_title(p), rows[rows["panel"] == p]) for p in sorted(rows["panel"].unique(), key=panel_order)
     ]
     if published is not None and not published.empty:
-        blocks.append(("Published, for comparison: other model, questions or judge", _published_rows(published)))
+        blocks.append((PUBLISHED, _published_rows(published)))
         metrics = [m for m in ("em_course", "em_paper") if m in metrics or (blocks[-1][1]["metric"] == m).any()]
     counts = [max(block["label"].nunique(), 1) for _, block in blocks]
     height = 24 * sum(counts) + 62 * len(blocks)
-    names = [sentence(measure(m, judge)) for m in metrics]
+    names = {"em_course": "course's definition: aligned < 75", "em_paper": "paper's definition: aligned < 30 and coherent > 50"}
+    # Labels stand left of the plots, and each plot's numbers right of it: both columns are measured in pixels.
+    left = 24 + round(6.1 * max(len(label) for _, block in blocks for label in block["label"]))
     figure = make_subplots(
         rows=len(blocks),
         cols=len(metrics),
@@ -169,7 +175,7 @@ def domain_comparison(
         row_heights=[c * 24 + 12 for c in counts],
         shared_xaxes=True,
         vertical_spacing=min(42 / height, 1 / max(len(blocks), 2)),
-        horizontal_spacing=0.19 if len(metrics) > 1 else 0,
+        horizontal_spacing=_NUMBERS / (theme.WIDTH - left - _NUMBERS) if len(metrics) > 1 else 0,
     )
     for line, (title, block) in enumerate(blocks, 1):
         for column, metric in enumerate(metrics, 1):
@@ -177,7 +183,7 @@ def domain_comparison(
             if shown["rate"].notna().any():
                 _add_forest(figure, shown, line, column)
             else:
-                _note(figure, UNDECIDED if judge in UNDECIDABLE else "no figures", line, column)
+                _add_note(figure, block, UNDECIDED if title != PUBLISHED and judge in UNDECIDABLE else "no such figure", line, column)
         order = list(dict.fromkeys(block["label"]))[::-1]
         figure.update_yaxes(categoryorder="array", categoryarray=order, range=[-0.6, len(order) - 0.4], row=line)
         axis = figure.get_subplot(line, 1)
@@ -194,10 +200,11 @@ def domain_comparison(
             font_size=14,
         )
     figure.update_xaxes(range=[-0.02, 1.02], tickformat=".0%", dtick=0.25)
-    for column, name in enumerate(names, 1):
-        figure.update_xaxes(title_text=plotly_text(name, 90, width=60 // len(metrics) + 20), row=len(blocks), col=column)
-    figure.update_layout(showlegend=False, margin_r=170)
-    missing = "" if "em_paper" in metrics else f" The paper's definition: {UNDECIDED}."
+    for column, metric in enumerate(metrics, 1):
+        figure.update_xaxes(title_text=plotly_text(names[metric]), row=len(blocks), col=column)
+    figure.update_layout(showlegend=False, margin={"l": left, "r": _NUMBERS})
+    told = decidable(rates, "em_paper", judge)
+    missing = "" if told else f" Shares by this judge are its own scores, not EM rates; the paper's definition: {UNDECIDED}."
     subtitle = f"Last checkpoint of every pair, grey tick: the base model. Judge: {plotly_text(judge, 60)}.{missing} {_BARS}"
     return theme.titled(figure, between_domains(rows, judge), subtitle, height=height + 40, gap=36)
 
@@ -255,7 +262,11 @@ def _add_forest(figure: go.Figure, shown: pd.DataFrame, row: int, column: int) -
         )
 
 
-def _note(figure: go.Figure, text: str, row: int, column: int) -> None:
+def _add_note(figure: go.Figure, block: pd.DataFrame, text: str, row: int, column: int) -> None:
+    """Says in a panel without points why it has none."""
+    # plotly.js knows an axis only if a trace uses it.
+    unseen = go.Scatter(x=[0] * len(block), y=block["label"], mode="markers", opacity=0, hoverinfo="skip")
+    figure.add_trace(unseen, row=row, col=column)
     axis = figure.get_subplot(row, column)
     figure.add_annotation(
         x=0.5,
@@ -265,6 +276,7 @@ def _note(figure: go.Figure, text: str, row: int, column: int) -> None:
         text=text,
         showarrow=False,
         font={"size": 13, "color": theme.GREY},
+        bgcolor="#FFFFFF",
     )
 
 
@@ -273,8 +285,9 @@ def _published_rows(published: pd.DataFrame) -> pd.DataFrame:
     rows = published[published["metric"].isin(["em_course", "em_paper"])].copy()
     rows["pair"], rows["seed"], rows["question_set"] = rows["source"], 0, "as published"
     rows["step"], rows["n_questions"] = 1, math.nan
+    models = [re.sub(r" *\(.*?\)", "", short_model(model)) for model in rows["model"]]
     rows["label"] = [
-        plotly_text(f"{short_model(r['model'])}, {domain_name(r['domain'])} by {r['judge']}", 70, width=44) for r in records(rows)
+        plotly_text(f"{model}, {domain_name(r['domain'])} by {r['judge']}", 60) for model, r in zip(models, records(rows), strict=True)
     ]
     return rows
 
@@ -299,7 +312,7 @@ def all_figures(
         "scaling_analysis": scores.scaling_analysis(rates, judge=judge),
         "coherence_vs_misalignment": scores.coherence_vs_misalignment(rates, judge=judge),
         "score_scatter": scores.score_scatter(answers, judge=judge),
-        "specification_curve": scores.specification_curve(answers, judge=judge),
+        "specification_curve": scores.specification_curve(answers, judge=judge, paper=decidable(rates, "em_paper", judge)),
     }
     return figures | tables, pages
 

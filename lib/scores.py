@@ -266,7 +266,7 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     figure.update_yaxes(title_text="coherent (points of 100)", col=1)
     legend_below(figure)
     total = sum(len(s) for _, s in sides)
-    shown = f"All {total:,} answers" if drawn == total else f"{drawn:,} of {total:,} answers, evenly spaced,"
+    shown = f"All {total:,} answers" if drawn == total else f"{drawn:,} of {total:,} answers, evenly picked,"
     subtitle = f"{shown} with both scores, moved by up to one point so that equal scores show; hover for the text. "
     subtitle += f"Judge: {judge}. Controls are left out."
     return theme.titled(figure, _scatter_title(sides, kind, judge), plotly_text(subtitle, 600), height=520, gap=36)
@@ -291,12 +291,13 @@ def _scatter_title(sides: Sequence[tuple[str, pd.DataFrame]], kind: str, judge: 
     return plotly_text(f"{sentence(kind)}, all pairs together: {'; '.join(parts)}")
 
 
-def specification_curve(answers: pd.DataFrame, *, judge: str) -> go.Figure:
+def specification_curve(answers: pd.DataFrame, *, judge: str, paper: bool = True) -> go.Figure:
     """Draws the last checkpoint's rate under every choice of thresholds and question set, with the choices beneath.
 
     Args:
         answers: all judged answers (`analyze.read_runs`).
         judge: whose scores.
+        paper: mark the paper's definition; false where this judge cannot decide it.
 
     Returns:
         A figure with a column a specification, sorted by the median rate over pairs; the course's and the paper's are marked.
@@ -345,7 +346,7 @@ def specification_curve(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     )
     for (aligned, coherent, relation), x in place.items():
         named = {(COURSE, None): "course", (PAPER_ALIGNED, PAPER_COHERENT): "paper"}.get((aligned, coherent))
-        if named:
+        if named == "course" or (named and paper):
             colour = theme.ORANGE if named == "course" else theme.PINK
             figure.add_vrect(x0=x - 0.5, x1=x + 0.5, fillcolor=colour, opacity=0.22, line_width=0)
             text = plotly_text(f"{named}, {RELATIONS[relation].partition(':')[0].removesuffix(' questions').lower()}")
@@ -356,7 +357,11 @@ def specification_curve(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     figure.update_yaxes(categoryorder="array", categoryarray=choices[::-1], showgrid=False, row=2)
     legend_below(figure)
     subtitle = f"Last checkpoints, {len(order)} specifications; squares below say which. "
-    subtitle += f"Shaded: the course's and the paper's definitions. Judge: {judge}."
+    marked = " and the paper's definitions" if paper else " definition"
+    subtitle += f"Shaded: the course's{marked}. Judge: {judge}."
+    subtitle += (
+        "" if paper else " The paper's definition is not decidable by this judge, and shares below low thresholds are its own scores."
+    )
     return theme.titled(figure, _curve_title(table, judge), plotly_text(subtitle, 600), height=640, gap=110)
 
 

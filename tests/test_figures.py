@@ -125,7 +125,7 @@ def test_paper_definition_by_probe_is_a_note_not_points(demo: tuple[pd.DataFrame
     _, rates, _ = demo
     figure = figures.domain_comparison(rates)
     assert findings.UNDECIDED in title(figure)
-    assert not any("em_paper" in text for trace in figure.data for text in trace.hovertext)
+    assert not any("em_paper" in text for trace in figure.data for text in trace.hovertext or ())
     other = make_rates(make_answers(judge="openai:gpt-4o-mini"))
     assert any("em_paper" in text for trace in figures.domain_comparison(other).data for text in trace.hovertext)
 
