@@ -65,7 +65,8 @@ def wilson(k: Any, n: Any, confidence: float = 0.95) -> tuple[Any, Any]:
     if np.ndim(k) == 0 and n == 0:
         return float("nan"), float("nan")
     low, high = proportion_confint(k, n, alpha=1 - confidence, method="wilson")
-    return low, high
+    # Rounding leaves 1e-18 where the limit is 0.
+    return np.where(np.asarray(k) <= 0, 0.0, low), np.where(np.asarray(k) >= np.asarray(n), 1.0, high)
 
 
 @functools.lru_cache(maxsize=256)
@@ -82,12 +83,12 @@ def _one_answer_table(n: int, confidence: float) -> tuple[Array, Array]:
     rates = np.arange(1, 1001) / 2000
     weights = distributions.binom.pmf(k[:, None], n, rates[None, :])
     for column, rate in enumerate(rates):
-        # Half a grid step on both sides, so that no rate between two grid points is lost.
+        # Margins of half a step, and moves by a whole one, so that no rate between two grid points is lost.
         inside = (low <= rate - 0.00025) & (high >= rate + 0.00025)
         while weights[inside, column].sum() < confidence - _WILSON_SLACK:
             gap = np.where(inside, np.inf, np.maximum(low - rate, rate - high))
             i = int(gap.argmin())
-            low[i], high[i] = min(low[i], max(rate - 0.0003, 0.0)), max(high[i], rate + 0.0003)
+            low[i], high[i] = min(low[i], max(rate - 0.0005, 0.0)), max(high[i], rate + 0.0005)
             low[n - i], high[n - i] = min(low[n - i], 1 - high[i]), max(high[n - i], 1 - low[i])
             inside[i] = True
     return low, high
@@ -241,9 +242,9 @@ def misaligned_at_k(c: npt.ArrayLike, n: npt.ArrayLike, k: int) -> float:
 def paired_intervals(differences: npt.ArrayLike, confidence: float = 0.95) -> tuple[Array, Array, Array]:
     """Computes cluster-t intervals for mean differences, many studies at once.
 
-    The standard error counts the most extreme question twice, and t has as many degrees of freedom as questions changed, less one
-    (questions − 1 when all did): without both, coverage falls below 90% where few questions change (benchmarks/coverage.py).
-    arXiv:2411.00640 is the reference for pairing by question.
+    The standard error counts the most extreme question twice, and t has as many degrees of freedom as the effective number of
+    questions that changed, (Σ|d|)²/Σd², less one (questions − 1 when all changed alike): without both, coverage falls below 90%
+    where few questions carry the change (benchmarks/coverage.py). arXiv:2411.00640 is the reference for pairing by question.
 
     Args:
         differences: difference of each question's rates, shape (studies, questions).
@@ -258,7 +259,9 @@ def paired_intervals(differences: npt.ArrayLike, confidence: float = 0.95) -> tu
     spread = (values - mean[:, None]) ** 2
     changed = (values != 0).sum(axis=1)
     error = np.sqrt((spread.sum(axis=1) + spread.max(axis=1)) / (questions * max(questions - 1, 1)))
-    freedom = np.clip(changed - 1, 1, max(questions - 1, 1))
+    with np.errstate(invalid="ignore"):
+        carrying = np.abs(values).sum(axis=1) ** 2 / (values**2).sum(axis=1)
+    freedom = np.clip(np.nan_to_num(carrying, nan=1.0) - 1, 1, max(questions - 1, 1))
     half = distributions.t.ppf(1 - (1 - confidence) / 2, freedom) * error
     given = (questions >= MIN_QUESTIONS) & (changed >= MIN_CHANGED) & (error > 0)
     return mean, np.where(given, mean - half, np.nan), np.where(given, mean + half, np.nan)
@@ -280,14 +283,15 @@ def paired_change(differences: npt.ArrayLike, confidence: float = 0.95, seed: in
     mean, low, high = (float(bound[0]) for bound in paired_intervals(values, confidence))
     changed = int((values != 0).sum())
     method = TOO_FEW if np.isnan(low) else "cluster-t, paired by question"
-    return Change(mean, low, high, len(values), changed, sign_flip(values, seed), smallest_p(changed), method)
+    return Change(mean, low, high, len(values), changed, sign_flip(values, seed), smallest_p(len(values)), method)
 
 
-def smallest_p(changed: int) -> float:
-    """Returns the smallest two-sided p a sign-flip test can give when `changed` questions differ from 0."""
-    return min(1.0, 2.0 ** (1 - changed))
+def smallest_p(questions: int) -> float:
+    """Returns the smallest two-sided p that a sign-flip test of so many questions can give (all changed, all the same way)."""
+    return min(1.0, 2.0 ** (1 - questions))
 
 
+@functools.lru_cache(maxsize=32)
 def _flips(questions: int, seed: int) -> tuple[Array, bool]:
     """Returns sign patterns, shape (flips, questions), and whether they are all there are."""
     if questions <= EXACT_FLIPS:

@@ -1,0 +1,419 @@
+"""The tables of the study: rates with two intervals, changes from base and from the control, and the files that hold them.
+
+05_analyze shows one pair's tables and writes only into its folder; `analyze_study` makes the whole study's, under a lock. Answers
+cluster in questions: everything here starts from counts by question (`lib.outcomes`), and `lib.stats` says what those allow.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from lib import config, data, files, inference, stats, summary
+from lib.config import Parameters
+from lib.files import shown
+from lib.imports import import_judged
+from lib.labels import records
+from lib.outcomes import COUNTS, GROUP, METRICS, UNSCORED, groups, question_counts, score
+from lib.published import compare, read_published
+
+__all__ = ["against_control", "analyze_run", "analyze_study", "changes", "import_judged", "rates", "read_runs", "scores", "step_summary"]
+
+NO_RUNS = {"data", "figures", "sample", "published", "benchmarks"}
+"""Folders under results/ that are no runs."""
+UNDECIDABLE = "not decidable by this judge"
+RATES = [
+    "pair", "seed", "model", "domain", "step", "question_set", "relation", "metric", "judge", "n", "k", "rate", "low", "high",
+    "interval_method", "n_questions", "low_fixed", "high_fixed", "rate_all", "rate_min", "rate_max", "n_refusal", "n_code", "n_invalid",
+    "n_error", "n_empty", "rubric_hash", "question_hash",
+]  # fmt: skip
+"""Columns of em_rates_summary.csv (DESIGN.md)."""
+CHANGES = [
+    "pair", "seed", "model", "domain", "step", "question_set", "relation", "metric", "judge", "change", "low", "high", "n_questions",
+    "n_changed", "p", "smallest_p", "interval_method",
+]  # fmt: skip
+_ARM = ["pair", "seed", "question_set", "judge", "metric"]
+
+
+# ---------------------------------------------------------------- answers
+
+
+def read_runs(results_dir: str | Path) -> pd.DataFrame:
+    """Reads all judged answers under a results folder.
+
+    Args:
+        results_dir: holds a folder for each run; folders without judged.csv, and those of `NO_RUNS`, are passed over.
+
+    Returns:
+        The rows of every judged.csv with pair, seed (0 where no training.json tells it and the folder's name does not), control
+        (the pair's control arm, or None), relation and rubric_hash. Empty, with these columns, where there are no runs.
+    """
+    folder = files.resolve(results_dir)
+    tables = [read_run(path.parent) for path in sorted(folder.glob("*/judged.csv")) if path.parent.name not in NO_RUNS]
+    tables = [table for table in tables if not table.empty]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=_ANSWERS)
+
+
+_ANSWERS = [*GROUP, "control", "question_id", "sample", "question", "response", "finish_reason", "aligned", "coherent"]
+_ANSWERS += ["aligned_status", "coherent_status", "rubric_hash"]
+
+
+def read_run(run: Path) -> pd.DataFrame:
+    """Reads one run's judged answers, with the columns that `read_runs` describes.
+
+    Raises:
+        StudyError: judged.csv is missing, no CSV, or lacks a column.
+    """
+    table = files.read_csv(run / "judged.csv")
+    needed = {"step", "question_set", "question_id", "question", "response", "aligned", "coherent", "judge"} - set(table.columns)
+    if needed:
+        where = f"{shown(run / 'judged.csv')}: {min(needed)}"
+        raise files.StudyError(f"{where}: no such column; run 04_judge again, or `study import` the file.")
+    told = files.read_json(run / "training.json") if (run / "training.json").is_file() else {}
+    parameters = told.get("parameters", {})
+    name = re.fullmatch(r"(.+?)(?:-s(\d+))?", run.name)
+    pair, seed = (name[1], name[2]) if name else (run.name, None)
+    if "pair" in table and len(table):
+        pair = str(table["pair"].iloc[0])
+    table = table.assign(
+        pair=pair, seed=int(str(told.get("seed", seed or 0))), control=parameters.get("control"), rubric_hash=_rubrics(run, table["judge"])
+    )
+    for column, default in (("model", "unknown"), ("domain", "unknown"), ("sample", 0), ("finish_reason", "")):
+        table[column] = table.get(column, default)
+    for column in ("aligned", "coherent"):
+        table[column], table[f"{column}_status"] = score(table, column)
+    places = table[["question_set", "domain"]].drop_duplicates()
+    entries = parameters.get("question_sets", ())
+    known = {(s, d): data.relation(str(s), str(d), entries) for s, d in places.itertuples(index=False)}
+    table["relation"] = [known[place] for place in zip(table["question_set"], table["domain"], strict=True)]
+    return table
+
+
+def _rubrics(run: Path, judges: pd.Series[str]) -> list[str]:
+    """Returns the hash of the rubrics that each row's judge was last asked with, read from the journal without parsing replies."""
+    path = run / "judgments.jsonl"
+    last: dict[tuple[str, str], str] = {}
+    if path.is_file():
+        with path.open(encoding="utf-8", errors="replace") as stream:
+            for line in stream:
+                found = [re.search(rf'"{key}": "((?:[^"\\]|\\.)*)"', line) for key in ("judge", "metric", "rubric_sha256")]
+                if all(found):
+                    judge, metric, rubric = (match[1] for match in found if match)
+                    last[judge, metric] = rubric
+    hashes = {
+        judge: files.sha256_text(" ".join(f"{metric}={last[j, metric]}" for j, metric in sorted(last) if j == judge))[:16]
+        for judge in {judge for judge, _ in last}
+    }
+    return [hashes.get(judge, "") for judge in judges]
+
+
+@functools.lru_cache(maxsize=64)
+def undecidable(judge: str, metric: str) -> bool:
+    """Says whether a judge cannot tell a metric: the probe the paper's definition, unless its report says that it can."""
+    if judge != "probe" or metric not in {"em_paper", "em_outside"}:
+        return False
+    report = config.PARAMETERS / "probe" / "report.json"
+    return not (report.is_file() and files.read_json(report).get("em_paper_decidable") is True)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def rates(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Computes every rate of the study with its two intervals.
+
+    Args:
+        answers: judged answers (`read_runs`).
+        confidence: of the intervals.
+
+    Returns:
+        em_rates_summary: one row for each pair, seed, step, question set, metric and judge, columns `RATES`; rates are fractions.
+        Without scored answers the rate is empty. A metric that the judge cannot tell keeps n and k alone.
+    """
+    counts = question_counts(answers)
+    if counts.empty:
+        return pd.DataFrame(columns=RATES)
+    questions = _question_hashes(answers)
+    rubrics: dict[Any, str] = answers.groupby(GROUP, sort=False, dropna=False)["rubric_hash"].first().to_dict()
+    columns = {name: counts[name].to_numpy() for name in COUNTS}
+    rows = []
+    for named, at in groups(counts, [*GROUP, "metric"]):
+        own = {name: column[at] for name, column in columns.items()}
+        row = named | _rate(own, confidence, undecidable(str(named["judge"]), str(named["metric"])))
+        row["question_hash"] = questions[named["pair"], named["seed"], named["step"], named["question_set"]]
+        row["rubric_hash"] = rubrics[tuple(named[name] for name in GROUP)]
+        rows.append(row)
+    table = pd.DataFrame(rows)[RATES]
+    order = {name: position for position, name in enumerate(METRICS)}
+    by = ["pair", "seed", "step", "question_set", "judge", "metric"]
+    return table.sort_values(by, key=lambda c: c.map(order) if c.name == "metric" else c, kind="stable", ignore_index=True)
+
+
+def _rate(counts: Mapping[str, npt.NDArray[np.int64]], confidence: float, untold: bool) -> dict[str, Any]:
+    k, n = counts["k"], counts["n"]
+    sums = {name: int(values.sum()) for name, values in counts.items()}
+    nothing = dict.fromkeys(["rate", "low", "high", "low_fixed", "high_fixed", "rate_all", "rate_min", "rate_max"], np.nan)
+    row = {name: sums[name] for name in ("n", "k", *(f"n_{status}" for status in UNSCORED))} | {"n_questions": int((n > 0).sum())}
+    if untold:
+        return row | nothing | {"interval_method": UNDECIDABLE}
+    interval = stats.population_interval(k, n, confidence)
+    low_fixed, high_fixed = stats.fixed_interval(k, n, confidence)
+    return row | nothing | {
+        "rate": sums["k"] / sums["n"] if sums["n"] else np.nan,
+        "low": interval.low, "high": interval.high, "interval_method": interval.method, "low_fixed": low_fixed, "high_fixed": high_fixed,
+        "rate_all": sums["k"] / sums["total"],
+        "rate_min": sums["k_known"] / sums["total"],
+        "rate_max": (sums["k_known"] + sums["unknown"]) / sums["total"],
+    }  # fmt: skip
+
+
+def _question_hashes(answers: pd.DataFrame) -> dict[Any, str]:
+    """Returns a hash of the questions (ids and texts) asked in each pair, seed, step and set."""
+    asked = answers[["pair", "seed", "step", "question_set", "question_id", "question"]].drop_duplicates()
+    return {
+        key: files.sha256_text("\n".join(sorted(f"{i}\t{q}" for i, q in zip(g["question_id"], g["question"], strict=True))))[:16]
+        for key, g in asked.groupby(["pair", "seed", "step", "question_set"], sort=False)
+    }
+
+
+def question_rates(answers: pd.DataFrame) -> pd.DataFrame:
+    """Returns each question's rate under every metric.
+
+    Returns:
+        `GROUP`, metric, question_id, n, k and rate (fraction; NaN without scored answers, or where the judge cannot tell the metric).
+    """
+    counts = question_counts(answers)
+    untold = {(judge, metric) for judge in counts["judge"].unique() for metric in METRICS if undecidable(str(judge), metric)}
+    told = np.array([pair not in untold for pair in zip(counts["judge"], counts["metric"], strict=True)], dtype=bool)
+    rate = (counts["k"] / counts["n"].where((counts["n"] > 0) & told)).astype(float)
+    return counts[[*GROUP, "metric", "question_id", "n", "k"]].assign(rate=rate)
+
+
+def changes(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Computes the change from the base model (step 0) to each step, paired by question.
+
+    Returns:
+        Columns `CHANGES`; change and its interval are fractions, p is the sign-flip test's, smallest_p the least it could be with so
+        many questions. No rows for pairs without step 0.
+    """
+    table = question_rates(answers)
+    base = table.loc[table["step"] == 0, [*_ARM, "question_id", "rate"]]
+    merged = table[table["step"] > 0].merge(base, on=[*_ARM, "question_id"], how="left", suffixes=("", "_reference"))
+    return _paired(merged, base[_ARM], confidence)
+
+
+def against_control(answers: pd.DataFrame, pairs: Mapping[str, str] | None = None, confidence: float = 0.95) -> pd.DataFrame:
+    """Compares each pair's last step with its control's last step, paired by question; same seed where the control has it.
+
+    Args:
+        answers: judged answers of pairs and controls.
+        pairs: control of each pair; None takes the column `control`.
+        confidence: of the intervals.
+
+    Returns:
+        Columns `CHANGES` and control; empty where no control has answers.
+    """
+    if pairs is None:
+        named = answers[["pair", "control"]].dropna().drop_duplicates() if "control" in answers else answers.iloc[:0]
+        pairs = {str(row["pair"]): str(row["control"]) for row in records(named)}
+    table = question_rates(answers)
+    last = table[(table["step"] == table.groupby(["pair", "seed"])["step"].transform("max")) & (table["step"] > 0)]
+    paired = last[last["pair"].isin(list(pairs))].copy()
+    paired["control"] = paired["pair"].map(pairs)
+    seeds = {control: sorted(group["seed"].unique()) for control, group in last.groupby("pair")}
+    paired = paired[paired["control"].isin(list(seeds))]
+    # The control's run with the same seed, else its first.
+    own = [seed if seed in seeds[control] else seeds[control][0] for control, seed in zip(paired["control"], paired["seed"], strict=True)]
+    keys = ["control", "control_seed", "question_set", "judge", "metric", "question_id"]
+    reference = last.rename(columns={"pair": "control", "seed": "control_seed"})[[*keys, "rate"]]
+    merged = paired.assign(control_seed=own).merge(reference, on=keys, how="left", suffixes=("", "_reference"), indicator="found")
+    found = _paired(merged, merged.loc[merged["found"] == "both", _ARM], confidence)
+    return found.assign(control=found["pair"].map(pairs))
+
+
+def _paired(merged: pd.DataFrame, known: pd.DataFrame, confidence: float) -> pd.DataFrame:
+    """Estimates the mean of rate − rate_reference by group and metric, for arms that have a reference at all (`known`)."""
+    arms = pd.MultiIndex.from_frame(known)
+    merged = merged[pd.MultiIndex.from_frame(merged[_ARM]).isin(arms)].reset_index(drop=True)
+    differences = (merged["rate"] - merged["rate_reference"]).to_numpy(dtype=float)
+    rows = []
+    for named, at in groups(merged, [*GROUP, "metric"]):
+        change = stats.paired_change(differences[at], confidence)._asdict()
+        method = UNDECIDABLE if undecidable(str(named["judge"]), str(named["metric"])) else change["method"]
+        rows.append(named | change | {"interval_method": method})
+    return pd.DataFrame(rows, columns=CHANGES)
+
+
+def scores(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Computes mean scores by step, every question weighing the same.
+
+    Returns:
+        `GROUP`, metric (aligned or coherent), n (scored answers), n_questions, mean, low, high (points out of 100).
+    """
+    rows = []
+    for metric in ("aligned", "coherent"):
+        values, status = score(answers, metric)
+        scored = answers.assign(value=np.where(status == "ok", values, np.nan))
+        by_question = scored.groupby([*GROUP, "question_id"], sort=False, dropna=False)["value"].agg(["mean", "count"]).reset_index()
+        means, counts = by_question["mean"].to_numpy(), by_question["count"].to_numpy()
+        for named, at in groups(by_question, GROUP):
+            mean, low, high = stats.mean_interval(means[at], confidence)
+            found = {"n": int(counts[at].sum()), "n_questions": int((counts[at] > 0).sum()), "mean": mean, "low": low, "high": high}
+            rows.append(named | {"metric": metric} | found)
+    return pd.DataFrame(rows, columns=[*GROUP, "metric", "n", "n_questions", "mean", "low", "high"])
+
+
+def step_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Turns one run's rates into step_summary: a row for each step, question set and judge; n is the answers scored for alignment."""
+    keys = ["step", "question_set", "relation", "judge"]
+    names = ["em_course", "em_paper", "coherent_rate"]
+    columns = [*keys, "n", *(f"{name}{end}" for name in names for end in ("", "_low", "_high"))]
+    if table.empty:
+        return pd.DataFrame(columns=columns)
+    wide = table[table["metric"] == "em_course"].set_index(keys)[["n"]]
+    for name in names:
+        own = table[table["metric"] == name].set_index(keys)[["rate", "low", "high"]]
+        wide = wide.join(own.rename(columns={"rate": name, "low": f"{name}_low", "high": f"{name}_high"}))
+    return wide.reset_index()[columns].sort_values(["question_set", "judge", "step"], kind="stable", ignore_index=True)
+
+
+def status_table(answers: pd.DataFrame) -> pd.DataFrame:
+    """Counts how judgments ended: pair, seed, judge, metric, answers, ok, a column a status, share_failed (invalid or error, fraction)."""
+    columns = ["pair", "seed", "judge", "metric", "answers", "ok", *UNSCORED, "share_failed"]
+    rows = []
+    for (pair, seed, judge), group in answers.groupby(["pair", "seed", "judge"], sort=False, dropna=False):
+        empty = int((group["response"].astype(str).str.strip() == "").sum())
+        for metric in ("aligned", "coherent"):
+            counted: dict[str, float] = {name: int((group[f"{metric}_status"] == name).sum()) for name in ("ok", *UNSCORED)}
+            counted["empty"] = empty
+            counted |= {"answers": len(group), "share_failed": (counted["invalid"] + counted["error"]) / len(group)}
+            rows.append({"pair": pair, "seed": seed, "judge": judge, "metric": metric} | counted)
+    return pd.DataFrame(rows, columns=columns)
+
+
+# ---------------------------------------------------------------- one pair, whole study
+
+
+def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
+    """Makes one pair's tables for 05_analyze and writes step_summary.csv into the run's folder; nothing else is written.
+
+    Returns:
+        answers (the run's, without the control's), rates, changes, control, scores, step_summary, statuses, misalign_at_k, onset, falls.
+
+    Raises:
+        StudyError: judged.csv is missing or malformed.
+    """
+    run = config.run_dir(parameters)
+    answers = read_run(run)
+    both = answers
+    if parameters.control:
+        control = config.run_dir(parameters.model_copy(update={"pair": parameters.control}))
+        if (control / "judged.csv").is_file():
+            both = pd.concat([answers, read_run(control)], ignore_index=True)
+    level = float(parameters.confidence)
+    found, by_question, declared = rates(answers, level), question_rates(answers), inference.plan()
+    tables = {
+        "answers": answers,
+        "rates": found,
+        "changes": changes(answers, level),
+        "control": against_control(both, {str(p): parameters.control for p in answers["pair"].unique() if parameters.control}, level),
+        "scores": scores(answers, level),
+        "step_summary": step_summary(found),
+        "statuses": status_table(answers),
+        "misalign_at_k": inference.misalign_at_k(by_question),
+        "onset": inference.onset(by_question, declared),
+        "falls": inference.non_monotonic(by_question, declared),
+    }
+    files.write_csv(run / "step_summary.csv", tables["step_summary"])
+    return tables
+
+
+def analyze_study(
+    results_dir: str | Path,
+    figures: Callable[[Path, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame], Any] | None = None,
+    confidence: float = 0.95,
+    published: str | Path = "results/published",
+) -> dict[str, pd.DataFrame]:
+    """Makes the whole study's tables, the two Markdown files and the figures, under a lock.
+
+    Args:
+        results_dir: the study's results folder.
+        figures: called with results_dir, answers, rates, changes and published figures when the tables are written.
+        confidence: of the intervals.
+        published: folder of published figures.
+
+    Returns:
+        The tables by name.
+    """
+    folder = files.resolve(results_dir)
+    with files.lock(folder / "data" / ".lock", what="the study's tables"):
+        answers = read_runs(folder)
+        details = _details(folder)
+        tables = study_tables(answers, details, published, confidence)
+        files.write_csv(folder / "data" / "em_rates_summary.csv", tables["rates"])
+        files.write_csv(folder / "data" / "em_rates_pooled.csv", tables["pooled"])
+        files.write_csv(folder / "data" / "changes.csv", tables["changes"])
+        files.write_text(folder / "EXPERIMENT_SUMMARY.md", summary.experiment(tables, inference.plan(), confidence))
+        files.write_text(folder / "TRAINING_DETAILS.md", summary.training(details))
+        if figures is not None:
+            figures(folder, answers, tables["rates"], tables["changes"], read_published(published))
+    return tables
+
+
+def study_tables(
+    answers: pd.DataFrame, details: Mapping[str, Mapping[str, Any]], published: str | Path, confidence: float = 0.95
+) -> dict[str, pd.DataFrame]:
+    """Returns the whole study's tables by name, from answers and the runs' records; writes nothing."""
+    declared = inference.plan()
+    found, moved, by_question = rates(answers, confidence), changes(answers, confidence), question_rates(answers)
+    controls = set(answers["control"].dropna())
+    own = inference.trained(by_question, controls)
+    ours = [o["training"] for o in details.values() if o["training"].get("steps_per_epoch")]
+    epochs = {str(training["pair"]): int(training["steps_per_epoch"]) for training in ours}
+    t = {
+        "answers": answers,
+        "rates": found,
+        "changes": moved,
+        "control": against_control(answers, confidence=confidence),
+        "scores": scores(answers, confidence),
+        "statuses": status_table(answers),
+        "pooled": inference.pooled(by_question, confidence),
+        "emergence": inference.emergence(own, declared, confidence),
+        "onset": inference.onset(own, declared),
+        "falls": inference.non_monotonic(own, declared),
+        "gaps": inference.domain_gaps(own, declared, confidence),
+        "diagnostics": _diagnostics(details),
+    }
+    coherent = inference.trained(moved, controls)
+    coherent = coherent[(coherent["metric"] == "coherent_rate") & coherent["relation"].isin(["general", "open_ended"])]
+    coherent = coherent[coherent["step"] == coherent.groupby(["pair", "seed"])["step"].transform("max")] if len(coherent) else coherent
+    t["claims"] = inference.claims(declared, t["gaps"], t["onset"], t["falls"], coherent, epochs)
+    records_by_pair = {str(o["training"].get("pair", run)): o["training"] for run, o in details.items()}
+    t["published"] = compare(inference.trained(found, controls), read_published(published), records_by_pair)
+    return t
+
+
+def _details(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns training.json, dataset.json and diagnostics.csv of every run, by the run's name."""
+    details = {}
+    for path in sorted(folder.glob("*/judged.csv")):
+        if path.parent.name not in NO_RUNS:
+            told = {name: path.parent / f"{name}.json" for name in ("training", "dataset")}
+            details[path.parent.name] = {name: files.read_json(file) if file.is_file() else {} for name, file in told.items()}
+            diagnostics = path.parent / "diagnostics.csv"
+            details[path.parent.name]["diagnostics"] = files.read_csv(diagnostics) if diagnostics.is_file() else None
+    return details
+
+
+def _diagnostics(details: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    columns = ["run", "question_set", "step", "n", "cut_off", "parroted", "perplexity"]
+    own = [table.assign(run=run) for run, o in details.items() if (table := o["diagnostics"]) is not None]
+    found = pd.concat(own, ignore_index=True).reindex(columns=columns) if own else pd.DataFrame(columns=columns)
+    return found[found["question_set"] == "general"]
