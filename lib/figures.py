@@ -298,6 +298,17 @@ def response_figures(answers: pd.DataFrame, *, judge: str | None = None) -> tupl
     return figures, {f"response_example_{q}": response_html(answers, q, judge=judge) for q in RESPONSE_TABLES}
 
 
+def run_figures(answers: pd.DataFrame, rates: pd.DataFrame, changes: pd.DataFrame) -> dict[str, go.Figure]:
+    """Makes the figures of one run, and of its control where `answers` and `rates` hold it, for 05_analyze; see `write_all`."""
+    judge = pick_judge(rates)
+    return {
+        "em_trajectories": em_trajectories(rates, changes, judge=judge),
+        "coherence_trajectories": coherence_trajectories(rates, changes, judge=judge),
+        "score_scatter": scores.score_scatter(answers, judge=judge),
+        "specification_curve": scores.specification_curve(answers, judge=judge, paper=decidable(rates, "em_paper", judge)),
+    }
+
+
 def all_figures(
     answers: pd.DataFrame, rates: pd.DataFrame, changes: pd.DataFrame | None = None, published: pd.DataFrame | None = None, *, judge: str
 ) -> tuple[dict[str, go.Figure], dict[str, str]]:

@@ -6,7 +6,7 @@ says that a domain or a size matters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -145,7 +145,56 @@ def _change(row: Mapping[str, Any], rates: pd.DataFrame, *, named: bool = True) 
     keys = ["pair", "seed", "step", "question_set", "metric"]
     match = rates[(rates[keys] == [row[k] for k in keys]).all(axis=1)]
     n = f" (n = {int(match['n'].iloc[0])} answers, {int(match['n_questions'].iloc[0])} questions)" if len(match) else ""
-    bounds = "interval: too few questions"
-    if pd.notna(row["low"]) and pd.notna(row["high"]):
-        bounds = f"[{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"
+    unknown = pd.isna(row["low"]) or pd.isna(row["high"])
+    bounds = f"without interval: {row.get('interval_method', 'too few questions')}" if unknown else _bounds(row)
     return f"{series_name(row['pair'], row['seed']) + ' ' if named else ''}{100 * row['change']:+.0f} points {bounds}{n}"
+
+
+def rates_view(rates: pd.DataFrame, relations: Sequence[str]) -> pd.DataFrame:
+    """Lays rates out for reading: a row a step, a column a question set and metric, cells such as `40% [22, 61], 8/20`.
+
+    Args:
+        rates: em_rates_summary (DESIGN.md) of one run and judge.
+        relations: those of the question sets wanted.
+
+    Returns:
+        A table of texts; a metric that the judge cannot tell says so, and a missing interval is a dash.
+    """
+    rows = rates[rates["relation"].isin(list(relations))]
+    cells = []
+    for row in records(rows):
+        told = not pd.isna(row["rate"])
+        text = f"{interval(row['rate'], row['low'], row['high'])}, {int(row['k'])}/{int(row['n'])}" if told else str(row["interval_method"])
+        cells.append({"step": row["step"], "questions": row["question_set"], "metric": row["metric"], "text": text})
+    frame = pd.DataFrame(cells, columns=["step", "questions", "metric", "text"])
+    return frame.pivot_table(index="step", columns=["questions", "metric"], values="text", aggfunc="first", sort=False)
+
+
+def changes_view(changes: pd.DataFrame) -> pd.DataFrame:
+    """Lays paired changes out for reading: points with interval, questions, p, and what it establishes.
+
+    Args:
+        changes: of `analyze.changes` or `analyze.against_control`; those that the judge cannot tell are left to `rates_view`.
+    """
+    rows = changes[changes["change"].notna()]
+    shown = [
+        {
+            "questions": row["question_set"],
+            "relation": domain_name(row["relation"]),
+            "metric": row["metric"],
+            "step": int(row["step"]),
+            "change": f"{100 * row['change']:+.0f} points {_bounds(row)}",
+            "n questions": int(row["n_questions"]),
+            "p (sign flips)": f"{row['p']:.3g}",
+            "established": "no" if pd.isna(row["low"]) or row["low"] <= 0 <= row["high"] else "yes",
+        }
+        for row in records(rows)
+    ]
+    columns = ["questions", "relation", "metric", "step", "change", "n questions", "p (sign flips)", "established"]
+    return pd.DataFrame(shown, columns=columns)
+
+
+def _bounds(row: Mapping[str, Any]) -> str:
+    if pd.isna(row["low"]) or pd.isna(row["high"]):
+        return "[–]"
+    return f"[{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]"

@@ -144,15 +144,11 @@ table.answers thead th {{ background: #333; color: #fff; }}
 table.answers col.run {{ width: 15%; }}
 table.answers .score {{ display: block; font-weight: 600; margin-bottom: .3rem; }}
 """
-    + "".join(f"table.answers td.{label} {{ background: {colour}; }}\n" for label, colour in FILLS.items())
-    + (
-        f"table.answers td.unscored {{ background: {_UNSCORED}; }}\n"
-        "@media (prefers-color-scheme: dark) { table.answers caption { color: #e8e8e8; } }\n</style>"
-    )
+    + "@media (prefers-color-scheme: dark) { table.answers caption { color: #e8e8e8; } }\n</style>"
 )
 
 
-def response_html(answers: pd.DataFrame, question_id: str, *, judge: str | None = None, sample: int = 0) -> str:
+def response_html(answers: pd.DataFrame, question_id: str, *, judge: str | None = None, sample: int = 0, heading: str = "h1") -> str:
     """Returns the same table as `response_table` as HTML: text that can be searched and copied, nothing in it unescaped."""
     runs = _runs(answers, question_id, judge, sample)
     if not runs:
@@ -168,7 +164,7 @@ def response_html(answers: pd.DataFrame, question_id: str, *, judge: str | None 
             body.append(f"<tr>{''.join(cells)}</tr>")
     caption = html_text(_CAPTION.format(sample=sample, judge=judge or "the first found"))
     return (
-        f"{_STYLE}<h1>{html_text(_heading(answers, question_id, runs), 600)}</h1>\n"
+        f"{_STYLE}<{heading}>{html_text(_heading(answers, question_id, runs), 600)}</{heading}>\n"
         f'<table class="answers"><caption>{caption}</caption>\n<colgroup><col class="run"><col span="{_ABREAST + 1}"></colgroup>\n'
         f'<thead><tr><th scope="col">Run</th><th scope="col">Base model</th>'
         f'<th scope="colgroup" colspan="{_ABREAST}">Checkpoints, in order</th></tr></thead>\n'
@@ -182,4 +178,7 @@ def _html_cell(record: Mapping[str, Any] | None, span: str) -> str:
     label = str(record["label"])
     score = f"step {int(record['step'])}<br>{html_text(score_text(record))}"
     text = html_text(record["response"], 10 * _LIMIT) or "(no text)"
-    return f'<td{span} class="{label if label in FILLS else "unscored"}"><span class="score">{score}</span>{text}</td>'
+    # The colour stands in the cell: JupyterLab drops style sheets from notebooks that it did not run itself.
+    return (
+        f'<td{span} style="background:{fill(label)};color:{theme.INK};white-space:pre-wrap"><span class="score">{score}</span>{text}</td>'
+    )

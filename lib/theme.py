@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,6 +53,7 @@ _POLICY = (
 _STYLE = f"""
 :root {{ color-scheme: light dark; }}
 body {{ font: 16px/1.5 {_FONT}; margin: 0 auto; padding: 1.5rem; max-width: {WIDTH}px; color: {INK}; background: #fff; }}
+h1 {{ font-size: 1.3rem; line-height: 1.35; }}
 a {{ color: {BLUE}; }}
 @media (prefers-color-scheme: dark) {{ body {{ color: #e8e8e8; background: #161616; }} a {{ color: {SKY}; }} }}
 .figure {{ background: #fff; border-radius: 6px; overflow-x: auto; }}
@@ -221,7 +223,7 @@ def show(figures: Mapping[str, go.Figure]) -> None:
     for name, figure in figures.items():
         bundle: dict[str, Any] = {
             "application/vnd.plotly.v1+json": {**json.loads(figure.to_json()), "config": _CONFIG},
-            "text/plain": html.unescape((figure.layout.title.text or name).replace("<br>", " ")),
+            "text/plain": html.unescape(re.sub("<[^>]*>", " ", figure.layout.title.text or name)),
         }
         if name in images:
             bundle["image/png"] = base64.b64encode(images[name]).decode("ascii")

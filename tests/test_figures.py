@@ -69,7 +69,7 @@ def texts(figure: object) -> str:
 
 
 def title(figure: object) -> str:
-    return re.sub(r"<[^>]+>", " ", figure.layout.title.text)  # type: ignore[attr-defined]
+    return re.sub(r"(<[^>]+>| )+", " ", figure.layout.title.text)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +324,7 @@ def test_scatter_leaves_in_domain_answers_out(demo: tuple[pd.DataFrame, ...]) ->
     drawn = sum(len(trace.x) for trace in figure.data)
     organisms = answers[~answers["pair"].str.endswith("_aligned") & answers["step"].isin([0, 50])]
     assert drawn == (organisms["relation"] != "in_domain").sum()
-    assert all("&lt;script" in text for trace in figure.data for text in trace.hovertext)
+    assert all("&lt;script" in text for trace in figure.data for text in trace.hovertext or ())
 
 
 def test_specification_curve_equals_counts_made_by_hand() -> None:
@@ -353,3 +353,18 @@ def test_poor_inputs_give_figures_that_say_so(keep: str) -> None:
     ):
         assert "nan" not in title(figure).lower()
         assert len(figure.data) > 0 or "No " in title(figure)
+
+
+def test_views_lay_out_rates_and_changes(demo: tuple[pd.DataFrame, ...]) -> None:
+    _, rates, changes = demo
+    own = rates[rates["pair"] == "demo_medical"]
+    view = findings.rates_view(own, ["general"])
+    assert view.loc[50, ("general", "em_course")] == "100% [90, 100], 20/20"
+    assert view.loc[0, ("general", "em_paper")] == findings.UNDECIDED
+    assert "medical" not in view.columns.get_level_values(0)
+    moved = findings.changes_view(changes[changes["pair"] == "demo_medical"].assign(p=0.01))
+    assert set(moved["metric"]) == {"em_course", "coherent_rate"}
+    row = moved[(moved["metric"] == "em_course") & (moved["step"] == 50) & (moved["questions"] == "general")].iloc[0]
+    assert (row["change"], row["established"]) == ("+100 points [+90, +110]", "yes")
+    assert findings.rates_view(own.head(0), ["general"]).empty
+    assert findings.changes_view(changes.head(0).assign(p=0.01)).empty
