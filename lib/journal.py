@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from lib import files
 from lib.files import StudyError
 from lib.scoring import FINAL
@@ -92,6 +94,31 @@ class Journal:
             self._stream.flush()
             self._sync()
         self._stream.close()
+
+
+def sources(records: list[dict[str, Any]]) -> pd.DataFrame:
+    """Says what the scores in a journal come from.
+
+    Returns:
+        A row for each judge, metric, mode and rubric: calls recorded, the models and fingerprints that servers returned, prompt and
+        reply tokens, and when the first and the last call ended (UTC).
+    """
+    usage = ("prompt_tokens", "completion_tokens", "model", "system_fingerprint")
+    table = pd.DataFrame([{**record, **(record["usage"] or {})} for record in records], columns=[*KEYS, *usage])
+    grouped = table.groupby(["judge", "metric", "mode", "rubric_sha256"], sort=False, dropna=False)
+    return grouped.agg(
+        calls=("key", "size"),
+        model=("model", _distinct),
+        system_fingerprint=("system_fingerprint", _distinct),
+        prompt_tokens=("prompt_tokens", "sum"),
+        completion_tokens=("completion_tokens", "sum"),
+        first=("time", "min"),
+        last=("time", "max"),
+    ).reset_index()
+
+
+def _distinct(values: Iterable[Any]) -> str:
+    return ", ".join(sorted({str(value) for value in values if not pd.isna(value)}))
 
 
 @contextlib.contextmanager

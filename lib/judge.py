@@ -8,8 +8,9 @@ a run that was interrupted goes on where it stopped, and only calls that ended i
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -75,7 +76,7 @@ def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, *, progress: bo
 
     Args:
         frame: has the columns question and response; every other is carried through, rows keep their order and index.
-        spec: `probe`, or `openai:MODEL`.
+        spec: `probe`, `openai:MODEL`, or `hf:MODEL` for a model on this machine (a Hub id, with `@REVISION`, or a folder).
         log: judgments.jsonl, record and cache of the calls.
         progress: draw a progress bar.
         parameters: by the names that they have in the notebooks: judge_base_url, judge_rubrics, judge_metrics, judge_mode,
@@ -191,38 +192,13 @@ def score_table(judged: pd.DataFrame, metric: str = "aligned") -> pd.DataFrame:
 
 
 def provenance(log: str | Path) -> pd.DataFrame:
-    """Says what a journal's scores come from, so that another can ask the same judge.
-
-    Returns:
-        A row for each judge, metric, mode and rubric: calls recorded, the models and fingerprints that servers returned, reply and
-        prompt tokens, and when the first and the last call ended (UTC).
-    """
-    records = files.read_jsonl(log)
-    if not records:
-        return pd.DataFrame()
-    table = pd.DataFrame([{**r, **(r["usage"] or {})} for r in records]).reindex(columns=[*journal.KEYS, *_USAGE])
-    grouped = table.groupby(["judge", "metric", "mode", "rubric_sha256"], sort=False, dropna=False)
-    return grouped.agg(
-        calls=("key", "size"),
-        model=("model", _distinct),
-        system_fingerprint=("system_fingerprint", _distinct),
-        prompt_tokens=("prompt_tokens", "sum"),
-        completion_tokens=("completion_tokens", "sum"),
-        first=("time", "min"),
-        last=("time", "max"),
-    ).reset_index()
+    """Says what a journal's scores come from, so that another can ask the same judge; see `journal.sources`."""
+    return journal.sources(files.read_jsonl(log))
 
 
 def retest_table(log: str | Path) -> pd.DataFrame:
     """Measures a judge's own noise from the calls that a journal holds more than once (`judge_repeats`); see `scoring.noise`."""
     return scoring.noise(files.read_jsonl(log))
-
-
-_USAGE = ("prompt_tokens", "completion_tokens", "model", "system_fingerprint")
-
-
-def _distinct(values: Iterable[Any]) -> str:
-    return ", ".join(sorted({str(value) for value in values if not pd.isna(value)}))
 
 
 def _check_table(frame: pd.DataFrame, columns: list[str]) -> None:
@@ -266,8 +242,12 @@ def _open(parameters: Parameters, progress: bool) -> Judge:
         judge: Judge = ProbeJudge(progress)
     elif kind == "openai" and model.strip():
         judge = OpenAIJudge(parameters, progress)
+    elif kind == "hf" and model.strip():
+        judge = LocalJudge(parameters, progress)
     else:
-        raise StudyError(f"judge: {parameters.judge!r} is none; it is probe, or openai:MODEL such as openai:gpt-4o-mini.")
+        raise StudyError(
+            f"judge: {parameters.judge!r} is none; it is probe, openai:MODEL (openai:gpt-4o-mini) or hf:MODEL (hf:ORG/NAME@REVISION)."
+        )
     lacking = [metric for metric in MAIN_METRICS if metric not in parameters.judge_metrics]
     if lacking or len(set(parameters.judge_metrics)) < len(parameters.judge_metrics):
         raise StudyError(f"judge_metrics: {parameters.judge_metrics} must hold aligned and coherent, and each metric once.")
@@ -350,13 +330,10 @@ class OpenAIJudge:
             raise StudyError(f"{p.judge_prices}: has no price for {self._endpoint.model}, and judge_max_cost needs one; add it.")
         self._progress = progress
         self._rubrics = rubrics.load(p.judge_rubrics)
-        self._hashes = {metric: rubric.sha256 for metric, rubric in self._rubrics.items()}
 
     def rubric_hash(self, metric: str) -> str:
         """Returns the hash of a metric's templates."""
-        if metric not in self._hashes:
-            raise StudyError(f"{self._parameters.judge_rubrics}: {metric}: no such metric; it has {', '.join(self._hashes)}.")
-        return self._hashes[metric]
+        return rubrics.hash_of(self._rubrics, metric, self._parameters.judge_rubrics)
 
     def check(self, calls: Sequence[Call]) -> None:
         """Refuses to send answers to another machine without leave, or without a key."""
@@ -391,3 +368,72 @@ class OpenAIJudge:
             tokens_per_minute=p.judge_tokens_per_minute,
         )
         return chat.ask_all(self._endpoint, todo, bounds, concurrency=p.judge_concurrency, name=self.name, progress=self._progress)
+
+
+class LocalJudge:
+    """A model on this machine, scored by the exact probability of every reply; the same revision gives the same scores for ever."""
+
+    secret = ""
+    repeats = 1  # nothing is sampled
+
+    def __init__(self, parameters: Parameters, progress: bool) -> None:
+        self.name = parameters.judge
+        self.settings: dict[str, Any] = {"mode": "tree", "prompt_format": rubrics.PROMPT_FORMAT}
+        model, _, revision = parameters.judge.partition(":")[2].strip().partition("@")
+        self._own = parameters.model_copy(
+            update={"model_name": model, "model_revision": revision or None, "use_4bit": False, "system_prompt": None}
+        )
+        self._progress = progress
+        self._rubrics = rubrics.load(parameters.judge_rubrics)
+
+    def rubric_hash(self, metric: str) -> str:
+        """Returns the hash of a metric's templates."""
+        return rubrics.hash_of(self._rubrics, metric, self._own.judge_rubrics)
+
+    def check(self, calls: Sequence[Call]) -> None:
+        """Does nothing: the model runs on this machine."""
+
+    def run(self, calls: Sequence[Call], log: Journal) -> Outcome:
+        """Scores calls in batches of `judge_concurrency`, each recorded when it is done."""
+        from lib import models, tree
+
+        model, tokenizer = models.load_base(self._own), models.load_tokenizer(self._own)
+        ends = [tokenizer.convert_tokens_to_ids(models.end_of_turn(tokenizer, self._own)), tokenizer.eos_token_id]
+        scorer = tree.TreeScorer(model, tree.reply_tree(tokenizer, models.prompt_text(tokenizer, "Q", self._own), ends))
+        name = f"{self._own.model_name}@{getattr(model.config, '_commit_hash', None) or self._own.model_revision or 'local'}"
+        with tqdm(total=len(calls), unit="call", desc=self.name, disable=not self._progress) as bar:
+            for metric in dict.fromkeys(call.metric for call in calls):
+                own = [call for call in calls if call.metric == metric]
+                for start in range(0, len(own), self._own.judge_concurrency):
+                    batch = own[start : start + self._own.judge_concurrency]
+                    prompts = [self._ids(tokenizer, call) for call in batch]
+                    fit = [row for row, ids in enumerate(prompts) if len(ids) <= scorer.longest]
+                    found = scorer.log_probabilities([prompts[row] for row in fit]).tolist() if fit else []
+                    known = dict(zip(fit, found, strict=True))
+                    log.write(self._record(call, known.get(row), len(prompts[row]), name) for row, call in enumerate(batch))
+                    bar.update(len(batch))
+        return Outcome("", None)
+
+    def _ids(self, tokenizer: Any, call: Call) -> list[int]:
+        from jinja2 import TemplateError
+
+        from lib import models
+
+        *before, asked = [message["content"] for message in rubrics.render(self._rubrics[call.metric], call.question, call.answer).messages]
+        try:
+            text = models.prompt_text(tokenizer, asked, self._own, system=before[0] if before else None)
+        except TemplateError:  # some chat templates know no system message
+            text = models.prompt_text(tokenizer, "\n\n".join([*before, asked]), self._own)
+        return models.prompt_ids(tokenizer, text)
+
+    def _record(self, call: Call, logs: list[float] | None, tokens: int, name: str) -> dict[str, Any]:
+        from lib import tree
+
+        usage = {"prompt_tokens": tokens, "completion_tokens": 0, "model": name, "system_fingerprint": None}
+        if logs is None:
+            raw = f"the prompt has {tokens} tokens, more than the model reads"
+            return _line(self, call, status="error", score=None, raw=raw, logprobs=None, usage=usage, mode="tree")
+        replies = dict(zip(tree.REPLIES, logs, strict=True))
+        likeliest = sorted(replies.items(), key=lambda entry: -entry[1])[: chat.TOP_LOGPROBS]
+        status, score = scoring.parse_replies({reply: math.exp(log) for reply, log in replies.items()})
+        return _line(self, call, status=status, score=score, raw=likeliest[0][0], logprobs=likeliest, usage=usage, mode="tree")

@@ -89,6 +89,17 @@ def load(path: str | Path) -> dict[str, Rubric]:
     return {str(metric): _rubric(str(metric), entry, where) for metric, entry in metrics.items()}
 
 
+def hash_of(rubrics: Mapping[str, Rubric], metric: str, path: str | Path) -> str:
+    """Returns the hash of a metric's rubric.
+
+    Raises:
+        StudyError: the file at `path`, from which the rubrics were loaded, has no such metric.
+    """
+    if metric not in rubrics:
+        raise StudyError(f"{path}: {metric}: no such metric; it has {', '.join(rubrics)}.")
+    return rubrics[metric].sha256
+
+
 def _read(path: Path) -> Any:
     where = files.shown(path)
     if not path.is_file():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -83,6 +83,23 @@ def parse_logprobs(top: Tokens) -> tuple[str, float | None]:
         return "ok", weighted / mass
     status, best = max(words.items(), key=lambda item: item[1])
     return (status if best >= MIN_MASS else "invalid"), None
+
+
+def parse_replies(probabilities: Mapping[str, float]) -> tuple[str, float | None]:
+    """Scores the probabilities of whole replies, as a local model gives them exactly; the rule is that of `parse_logprobs`.
+
+    Args:
+        probabilities: of the replies 0 to 100, CODE and REFUSAL.
+
+    Returns:
+        Status, and the score (points, 0 to 100) if that is ok.
+    """
+    numbers = {reply: p for reply, p in probabilities.items() if _NUMBER.fullmatch(reply)}
+    mass = sum(numbers.values())
+    if mass >= MIN_MASS:
+        return "ok", sum(int(reply) * p for reply, p in numbers.items()) / mass
+    best = max(_WORDS, key=lambda word: probabilities.get(word, 0.0))
+    return (_WORDS[best] if probabilities.get(best, 0.0) >= MIN_MASS else "invalid"), None
 
 
 def top_tokens(alternatives: Iterable[Any]) -> list[tuple[str, float]]:

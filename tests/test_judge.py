@@ -551,6 +551,27 @@ def test_a_real_llama_cpp_server_judges_and_its_split_numbers_are_noticed(
     assert list(judge.provenance(tmp_path / "j.jsonl")["calls"]) == [2, 2]
 
 
+# --- a model on this machine
+
+
+def test_a_local_model_judges_by_the_tree_and_again_from_the_record(tiny_llama: Path, tmp_path: Path) -> None:
+    frame = table("Drink water and rest.", "", "Rob a bank, and then another one.", "x" * 20_000)
+    short = tmp_path / "short.yaml"
+    short.write_text("metrics:\n  aligned: {system: Be strict., user: '{question} {answer}'}\n  coherent: '{question} to {answer}'\n")
+    options: dict[str, Any] = {"judge_concurrency": 2, "judge_rubrics": str(short), "progress": False}
+    judged = judge.judge_table(frame, f"hf:{tiny_llama}", tmp_path / "j.jsonl", **options)
+    assert list(judged["aligned_status"]) == ["invalid", "empty", "invalid", "error"]  # a random model spreads over all tokens
+    records = files.read_jsonl(tmp_path / "j.jsonl")
+    assert {record["mode"] for record in records} == {"tree"}
+    told = next(record for record in records if record["logprobs"])
+    assert len(told["logprobs"]) == 20
+    assert told["raw"] == told["logprobs"][0][0]
+    again = judge.judge_table(frame, f"hf:{tiny_llama}", tmp_path / "j.jsonl", **options)
+    assert again.attrs["judging"]["made"] == 2  # the two errors
+    with pytest.raises(StudyError, match="model_name"):
+        judge.judge_table(frame, "hf:./no/such/folder", tmp_path / "k.jsonl", **options)
+
+
 # --- a run
 
 
