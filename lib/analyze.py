@@ -205,6 +205,8 @@ def changes(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """
     table = question_rates(answers)
     base = table.loc[table["step"] == 0, [*_ARM, "question_id", "rate"]]
+    if base.empty:
+        return pd.DataFrame(columns=CHANGES)
     merged = table[table["step"] > 0].merge(base, on=[*_ARM, "question_id"], how="left", suffixes=("", "_reference"))
     return _paired(merged, base[_ARM], confidence)
 
@@ -225,10 +227,11 @@ def against_control(answers: pd.DataFrame, pairs: Mapping[str, str] | None = Non
         pairs = {str(row["pair"]): str(row["control"]) for row in records(named)}
     table = question_rates(answers)
     last = table[(table["step"] == table.groupby(["pair", "seed"])["step"].transform("max")) & (table["step"] > 0)]
-    paired = last[last["pair"].isin(list(pairs))].copy()
-    paired["control"] = paired["pair"].map(pairs)
+    paired = last.assign(control=last["pair"].map(pairs).astype(object))
     seeds = {control: sorted(group["seed"].unique()) for control, group in last.groupby("pair")}
     paired = paired[paired["control"].isin(list(seeds))]
+    if paired.empty:
+        return pd.DataFrame(columns=[*CHANGES, "control"])
     # The control's run with the same seed, else its first.
     own = [seed if seed in seeds[control] else seeds[control][0] for control, seed in zip(paired["control"], paired["seed"], strict=True)]
     keys = ["control", "control_seed", "question_set", "judge", "metric", "question_id"]

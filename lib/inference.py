@@ -389,5 +389,10 @@ def span(row: Mapping[str, Any]) -> str:
     """Returns a change as text, in points with its interval: `+12 points [+3, +21]`."""
     if pd.isna(row["change"]):
         return "no figure"
-    bounds = f"[{100 * row['low']:+.0f}, {100 * row['high']:+.0f}]" if not pd.isna(row["low"]) else "[no interval: too few questions]"
-    return f"{100 * row['change']:+.0f} points {bounds}"
+    bounds = f"[{_points(row['low'])}, {_points(row['high'])}]" if not pd.isna(row["low"]) else "[no interval: too few questions]"
+    return f"{_points(row['change'])} points {bounds}"
+
+
+def _points(share: float) -> str:
+    # One decimal near 0, where it shows on which side a limit lies.
+    return f"{100 * share:+.1f}" if abs(share) < 0.0095 else f"{100 * share:+.0f}"

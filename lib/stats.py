@@ -400,7 +400,8 @@ def pooled_over_seeds(rates: npt.ArrayLike, confidence: float = 0.95) -> tuple[f
         rates: shape (seeds, questions), fractions; questions that a seed lacks are left out.
 
     Returns:
-        Mean, low, high (NaN with one seed, or fewer than `MIN_QUESTIONS` questions) and the standard deviation between seeds.
+        Mean, low, high (NaN with one seed, fewer than `MIN_QUESTIONS` questions, or no spread at all) and the standard deviation
+        between seeds.
     """
     values = np.asarray(rates, dtype=float)
     values = values[:, ~np.isnan(values).any(axis=0)]
@@ -416,6 +417,8 @@ def pooled_over_seeds(rates: npt.ArrayLike, confidence: float = 0.95) -> tuple[f
     if questions < MIN_QUESTIONS:
         return mean, nan, nan, between
     variance = between**2 / seeds + float(values.mean(axis=0).var(ddof=1)) / questions
+    if variance == 0:
+        return mean, nan, nan, between
     half = float(distributions.t.ppf(1 - (1 - confidence) / 2, min(seeds, questions) - 1) * np.sqrt(variance))
     return mean, max(0.0, mean - half), min(1.0, mean + half), between
 

@@ -207,10 +207,11 @@ def _emerged(frame: pd.DataFrame) -> str:
     primary = frame[frame["role"] == "primary"]
     if primary.empty:
         return ""
-    counts = primary["verdict"].value_counts()
-    return f"Primary outcome: {int(counts.get(EMERGED, 0))} of {len(primary)} tests show emergence; " + ", ".join(
-        f"{text(verdict)}: {n}" for verdict, n in counts.items()
-    ) + "."  # fmt: skip
+    tested = primary[primary["n_questions"] > 0]
+    counts = tested["verdict"].value_counts()
+    lines = [f"{int(counts.get(EMERGED, 0))} of {len(tested)} primary tests show emergence"]
+    lines += [f"{text(verdict)}: {n}" for verdict, n in counts.items() if verdict != EMERGED]
+    return "; ".join(lines) + f". Without a base, and not tested: {len(primary) - len(tested)}."
 
 
 def _claims(frame: pd.DataFrame) -> str:

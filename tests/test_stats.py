@@ -255,6 +255,7 @@ def test_seeds_enter_the_interval() -> None:
     assert between == pytest.approx(0, abs=1e-12)
     assert between_apart == pytest.approx(0.1)
     assert high_apart - low_apart > high - low
+    assert math.isnan(stats.pooled_over_seeds(np.ones((3, 8)))[1])
     mean, low, _, _ = stats.pooled_over_seeds(alike[:1])
     assert mean == pytest.approx(questions.mean())
     assert math.isnan(low)
