@@ -107,7 +107,7 @@ class Parameters(BaseModel):
     generate_batch_size: int = Field(80, ge=1, description="answers generated at once")
 
     # 04_judge
-    judge: str = Field("probe", description="probe, or openai:MODEL")
+    judge: str = Field("probe", description="probe, openai:MODEL, or hf:MODEL")
     judge_base_url: str | None = Field(None, description="an OpenAI-compatible server; null takes OPENAI_BASE_URL, else OpenAI's")
     judge_rubrics: str = Field("parameters/rubrics/default.yaml")
     judge_metrics: list[str] = Field(default_factory=lambda: ["aligned", "coherent"], min_length=2)

@@ -157,9 +157,11 @@ def statement(parameters: Parameters) -> str:
         from lib import probe
 
         return str(probe.report()["statement"])
-    how = (
-        "log-probabilities of number tokens" if p.judge_mode == "logprobs" else f"its reply's text, at temperature {p.judge_temperature:g}"
-    )
+    how = {"text": f"its reply's text, at temperature {p.judge_temperature:g}", "logprobs": "log-probabilities of number tokens"}[
+        p.judge_mode
+    ]
+    if p.judge.startswith("hf:"):
+        how = "the exact probability of every reply"
     return f"Judge: {p.judge}, scored by {how}; rubrics: {p.judge_rubrics}. Compare its rates only with rates by the same judge."
 
 
