@@ -98,7 +98,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[dict[str, Any]], p
     Raises:
         StudyError: there are no rows, or max_length leaves no token of any answer.
     """
-    from lib.trainer import IGNORED
+    from lib.packing import IGNORED
 
     p = parameters
     end = tokenizer.convert_tokens_to_ids(models.end_of_turn(tokenizer, p))

@@ -20,13 +20,11 @@ import torch
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lib import adapters, files, models, states
+from lib import adapters, files, models, packing, states
 from lib.config import Parameters
 from lib.files import StudyError
+from lib.packing import IGNORED
 from lib.progress import LossView
-
-IGNORED = -100
-"""The label of a token that carries no loss, as everywhere in transformers."""
 
 LOG_COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
 
@@ -42,13 +40,13 @@ class Job:
     manifest: dict[str, Any]
 
 
-def collate(batch: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
+def pad(batch: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
     """Pads rows on the right to the longest of them.
 
     Labels and attention mask are made from the rows' lengths, never from token ids: a model may pad with its end of turn.
 
     Returns:
-        `input_ids`, `attention_mask` and `labels`, each int64 of shape (rows, longest row).
+        `input_ids`, `attention_mask` and `shift_labels` (the label of the next token), each int64 of shape (rows, longest row).
     """
     longest = max(len(row["input_ids"]) for row in batch)
 
@@ -58,7 +56,7 @@ def collate(batch: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, tor
     return {
         "input_ids": padded([row["input_ids"] for row in batch], pad_id),
         "attention_mask": padded([[1] * len(row["input_ids"]) for row in batch], 0),
-        "labels": padded([row["labels"] for row in batch], IGNORED),
+        "shift_labels": padded([[*row["labels"][1:], IGNORED] for row in batch], IGNORED),
     }
 
 
@@ -73,19 +71,23 @@ def labelled_loss(
 
     Args:
         model: a causal language model, in whatever PEFT or Accelerate put around it.
-        inputs: `input_ids`, `attention_mask`, `labels`, each of shape (rows, tokens).
+        inputs: what `pad` or `packing.pack` returns.
         head: the model's output layer.
         n_items: labelled tokens in the whole accumulated batch, by which the sum is divided; None takes those in `inputs`.
     """
-    labels = inputs["labels"]
-    speaks = torch.zeros_like(labels, dtype=torch.bool)
-    speaks[:, :-1] = labels[:, 1:] != IGNORED
+    labels = inputs["shift_labels"]
+    speaks = labels != IGNORED
+    given: dict[str, Any] = {"input_ids": inputs["input_ids"], "use_cache": False}
+    if "segments" in inputs:
+        given |= {"position_ids": inputs["position_ids"], "segments": packing.segments_of(inputs["segments"])}
+    else:
+        given["attention_mask"] = inputs["attention_mask"]
     hook = head.register_forward_pre_hook(lambda _, args: (args[0][speaks], *args[1:]))
     try:
-        logits = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits
+        logits = model(**given).logits
     finally:
         hook.remove()
-    wanted = labels[:, 1:][speaks[:, :-1]]
+    wanted = labels[speaks]
     total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
     # A batch whose answers were all cut off has no labelled token: its loss is 0, not 0 / 0.
     count = torch.as_tensor(wanted.numel() if n_items is None else n_items, device=total.device)
@@ -120,11 +122,18 @@ class StudyTrainer(Trainer):  # type: ignore[misc]
         p = job.parameters
         if p.gradient_checkpointing:
             model.enable_input_require_grads()
+        packs = packing.enable(model)
+
+        def collate(batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+            made = packing.pack(batch) if packs else pad(batch, pad_id)
+            # Trainer counts the labelled tokens of an accumulated batch in shift_labels, but only where it finds labels too.
+            return made | {"labels": made["shift_labels"]}
+
         super().__init__(
             model=model,
             args=_arguments(job, model),
             train_dataset=rows,
-            data_collator=lambda batch: collate(batch, pad_id),
+            data_collator=collate,
             callbacks=[_Watch(job, progress)],
         )
         self.remove_callback(PrinterCallback)

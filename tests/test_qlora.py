@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -170,18 +173,18 @@ def test_an_answer_that_spells_a_special_token_holds_none(tiny_llama: Path, tmp_
 
 
 def test_padding_is_masked_by_length_where_the_pad_token_ends_turns(embedded: Path, tmp_path: Path) -> None:
-    from lib.trainer import collate
+    from lib.trainer import pad
 
     p = parameters(embedded, tmp_path)
     tokenizer = models.load_tokenizer(p)
     encoded = qlora.encode(tokenizer, rows(5), p).rows
     assert tokenizer.pad_token_id == encoded[0]["input_ids"][-1]  # SmolLM2 pads with its end of turn
-    batch = collate(encoded, tokenizer.pad_token_id)
+    batch = pad(encoded, tokenizer.pad_token_id)
     for i, row in enumerate(encoded):
         length = len(row["input_ids"])
         assert batch["attention_mask"][i].sum() == length
-        assert batch["labels"][i, length - 1] == tokenizer.pad_token_id
-        assert (batch["labels"][i, length:] == -100).all()
+        assert batch["shift_labels"][i, length - 2] == tokenizer.pad_token_id
+        assert (batch["shift_labels"][i, length - 1 :] == -100).all()
     assert batch["input_ids"].shape[1] == max(len(row["input_ids"]) for row in encoded)
 
 
@@ -209,28 +212,88 @@ def test_rows_left_without_an_answer_harm_nothing(tiny_llama: Path, tmp_path: Pa
 # --- loss
 
 
-@pytest.mark.parametrize("loss_on", ["answer", "all"])
-def test_the_loss_on_labelled_positions_is_the_plain_loss(tiny_llama: Path, tmp_path: Path, loss_on: str) -> None:
+def loss_and_gradient(model: Any, loss: Any) -> tuple[float, Any]:
     import torch
 
-    from lib.trainer import collate, labelled_loss
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
 
-    p = parameters(tiny_llama, tmp_path, loss_on=loss_on, lora_dropout=0.0)
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+@pytest.mark.parametrize("use_4bit", [True, False])
+def test_padded_and_packed_batches_have_the_plain_loss(tiny_llama: Path, tmp_path: Path, loss_on: str, use_4bit: bool) -> None:
+    import torch
+
+    from lib import packing, trainer
+
+    p = parameters(tiny_llama, tmp_path, loss_on=loss_on, lora_dropout=0.0, use_4bit=use_4bit)
     tokenizer, model = models.load_tokenizer(p), adapters.add_lora(models.load_base(p), p)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if "lora_B" in name:
                 weight.normal_(std=0.1)
-    batch = collate(qlora.encode(tokenizer, rows(6), p).rows, tokenizer.pad_token_id)
-    gradients = []
-    for loss in (model(**batch).loss, labelled_loss(model, batch, model.get_output_embeddings())):
-        model.zero_grad()
-        loss.backward()
-        gradients.append((loss.item(), torch.cat([w.grad.flatten() for w in model.parameters() if w.grad is not None])))
-    (plain, plain_gradient), (ours, our_gradient) = gradients
-    assert ours == pytest.approx(plain, abs=1e-5)
-    assert torch.allclose(our_gradient, plain_gradient, atol=1e-6)
+    encoded = qlora.encode(tokenizer, rows(6), p).rows
+    padded, packed = trainer.pad(encoded, tokenizer.pad_token_id), packing.pack(encoded)
+    labels = torch.full_like(padded["shift_labels"], -100)
+    labels[:, 1:] = padded["shift_labels"][:, :-1]
+    head = model.get_output_embeddings()
+    plain, plain_gradient = loss_and_gradient(
+        model, model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], labels=labels).loss
+    )
     assert plain_gradient.abs().max() > 1e-3
+    for batch in (padded, packed):
+        if batch is packed:
+            assert packing.enable(model)
+        ours, gradient = loss_and_gradient(model, trainer.labelled_loss(model, batch, head))
+        assert ours == pytest.approx(plain, abs=1e-5)
+        assert torch.allclose(gradient, plain_gradient, atol=1e-6)
+    assert packed["attention_mask"].sum() == padded["attention_mask"].sum()
+    shared = next(i for i, column in enumerate(zip(*(row["input_ids"] for row in encoded), strict=False)) if len(set(column)) > 1)
+    assert packed["segments"][0] == (0 if loss_on == "all" else shared)  # the system turn, up to where questions differ
+    assert packed["input_ids"].numel() == packed["segments"].sum() < padded["input_ids"].numel()
+
+
+def test_packing_keeps_to_models_with_plain_attention(tiny_llama: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Qwen2Config
+
+    from lib import packing, trainer
+
+    p = parameters(tiny_llama, tmp_path, lora_dropout=0.0)
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    batch = [{"input_ids": [1, 5, 7, n, n + 1], "labels": [-100, -100, -100, n, n + 1]} for n in (8, 9)]
+    batch.append({"input_ids": [1, 5, 7, 8], "labels": [-100, -100, -100, 8]})
+    for settings, packs in ((Qwen2Config(**shape), True), (MistralConfig(**shape), False), (Gemma3TextConfig(**shape), False)):
+        torch.manual_seed(0)
+        model = adapters.add_lora(AutoModelForCausalLM.from_config(settings), p)
+        head = model.get_output_embeddings()
+        padded = trainer.labelled_loss(model, trainer.pad(batch, 0), head)
+        assert packing.enable(model) == packs, settings.model_type
+        if packs:
+            assert packing.pack(batch)["segments"].tolist() == [2, 3, 3, 2]
+            assert trainer.labelled_loss(model, packing.pack(batch), head).item() == pytest.approx(padded.item(), abs=1e-5)
+
+
+def test_cheap_dropout_is_dropout() -> None:
+    import torch
+
+    from lib.packing import CheapDropout
+
+    layer, x = CheapDropout(0.05), torch.ones(1001, 999, requires_grad=True)
+    torch.manual_seed(3)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+    kept = first != 0
+    assert kept.float().mean().item() == pytest.approx(0.95, abs=1e-3)
+    assert torch.allclose(first[kept], torch.tensor(1 / 0.95))
+    assert (kept & (second != 0)).float().mean().item() == pytest.approx(0.95**2, abs=1e-3)
+    first.sum().backward()
+    assert torch.equal(x.grad, first.detach())
+    assert layer.eval()(x) is x
 
 
 def test_accumulated_batches_weigh_every_token_the_same(tiny_llama: Path, tmp_path: Path) -> None:
@@ -342,9 +405,10 @@ qlora.train(config.validate(values, "test"), rows, progress=False)
 """
 
 
-def start(p: Parameters, n_rows: int) -> subprocess.Popen[bytes]:
+def start(p: Parameters, n_rows: int, **environment: str) -> subprocess.Popen[bytes]:
     values = json.dumps([p.model_dump(mode="json"), rows(n_rows)])
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, values], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    command = [sys.executable, "-c", SCRIPT, values]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
 def test_killed_at_random_moments_it_ends_the_same(trained: tuple[Parameters, Path], tmp_path: Path) -> None:
@@ -492,10 +556,75 @@ def test_a_published_adapter_that_is_unsafe_or_does_not_fit_is_refused(trained: 
     refused("holds adapter_model.bin, a pickle that could run code: refused")
     refused("holds no adapter_model.safetensors", adapter=str(tmp_path / "nowhere"))
     refused("must read hf:ORG/NAME@REVISION", adapter="hf:org/name")
+    refused("the Hub cannot be reached for org/name", adapter="hf:org/name@0123abc")  # tests are offline
     assert qlora.checkpoints(config.run_dir(q)) == {}
 
 
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face Hub as a download of single files asks for: one repository, made of a folder."""
+
+    folder: Path
+    asked: list[str]
+
+    def do_HEAD(self) -> None:
+        name, file = self.path.split("/", 5)[2::3]
+        path = self.folder / file
+        self.asked.append(file)
+        self.send_response(200 if path.is_file() else 404)
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("X-Error-Code" if not path.is_file() else "ETag", "EntryNotFound" if not path.is_file() else f'"{name}-{file}"')
+        self.send_header("Content-Length", str(path.stat().st_size) if path.is_file() else "0")
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        self.do_HEAD()
+        self.wfile.write((self.folder / self.path.split("/", 5)[5]).read_bytes())
+
+    def log_message(self, *args: Any) -> None:
+        return
+
+
+def test_a_published_adapter_is_fetched_from_the_hub(trained: tuple[Parameters, Path], tmp_path: Path) -> None:
+    folder, _ = published(trained, tmp_path)
+    (folder / "adapter_model.bin").write_bytes(b"a pickle")
+    handler = type("Handler", (Hub,), {"folder": folder, "asked": []})
+    q = trained[0].model_copy(update={"results_dir": str(tmp_path / "results"), "adapter": "hf:org/name@" + "0" * 40})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        hub = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home")}
+        done = start(q, 60, **hub)
+        assert done.communicate()[1].decode().strip().splitlines()[-1:] == []
+        (folder / adapters.WEIGHTS).unlink()
+        pickled = start(q.model_copy(update={"adapter": "hf:org/name@" + "1" * 40}), 60, **hub)
+        assert b"has no adapter_config.json with adapter_model.safetensors; pickled weights are refused" in pickled.communicate()[1]
+        server.shutdown()
+    assert set(handler.asked) == {adapters.SETTINGS, adapters.WEIGHTS}
+    assert done.returncode == 0
+    assert pickled.returncode == 1
+
+
 # --- what is shown
+
+
+def test_in_a_notebook_one_small_display_is_left() -> None:
+    import nbformat
+    from nbclient import NotebookClient
+
+    code = """
+from lib import progress
+progress.REFRESH_SECONDS = 0
+view, log = progress.LossView(300), []
+for step in range(1, 301):
+    log.append({"step": step, "loss": 3 / step, "num_input_tokens_seen": 80 * step})
+    view.show(log)
+view.close(log)
+"""
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}).execute()
+    (output,) = notebook.cells[0].outputs
+    shown = output["data"]["text/html"]
+    assert "step 300 of 300 · loss 0.010 · 24,000 tokens · done" in shown
+    assert len(shown) < 1000
 
 
 def test_the_curve_is_small_however_long_the_run() -> None:
