@@ -132,7 +132,7 @@ def _judged(frame: pd.DataFrame, parameters: Parameters, log: Path, progress: bo
     for metric in metrics:
         asked = [calls.get((pair, metric)) for pair in pairs]
         found = [record.records.get(call.key, {"status": "error"}) if call else {"status": "empty"} for call in asked]
-        judged[metric] = pd.Series([entry.get("score") for entry in found], index=frame.index, dtype=float)
+        judged[metric] = [math.nan if entry.get("score") is None else float(entry["score"]) for entry in found]
         judged[f"{metric}_status"] = [entry["status"] for entry in found]
     judged["judge"] = judge.name
     judged.attrs["judging"] = {"made": len(missing), "cached": len(calls) + len(again) - len(missing)} | asdict(outcome)
