@@ -308,7 +308,8 @@ def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
     """Makes one pair's tables for 05_analyze and writes step_summary.csv into the run's folder; nothing else is written.
 
     Returns:
-        answers (the run's, without the control's), rates, changes, control, scores, step_summary, statuses, misalign_at_k, onset, falls.
+        answers (the run's, without the control's), rates, changes, control, scores, step_summary, statuses, misalign_at_k, onset, falls
+        and published (published figures beside ours).
 
     Raises:
         StudyError: judged.csv is missing or malformed.
@@ -321,6 +322,7 @@ def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
         if (control / "judged.csv").is_file():
             both = pd.concat([answers, read_run(control)], ignore_index=True)
     level = float(parameters.confidence)
+    told = files.read_json(run / "training.json") if (run / "training.json").is_file() else {}
     found, by_question, declared = rates(answers, level), question_rates(answers), inference.plan()
     tables = {
         "answers": answers,
@@ -333,6 +335,7 @@ def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
         "misalign_at_k": inference.misalign_at_k(by_question),
         "onset": inference.onset(by_question, declared),
         "falls": inference.non_monotonic(by_question, declared),
+        "published": compare(found, read_published(parameters.published), {str(p): told for p in answers["pair"].unique()}),
     }
     files.write_csv(run / "step_summary.csv", tables["step_summary"])
     return tables
@@ -362,7 +365,8 @@ def analyze_study(
         tables = study_tables(answers, details, published, confidence)
         files.write_csv(folder / "data" / "em_rates_summary.csv", tables["rates"])
         files.write_csv(folder / "data" / "em_rates_pooled.csv", tables["pooled"])
-        files.write_csv(folder / "data" / "changes.csv", tables["changes"])
+        for name in ("changes", "control", "emergence", "onset", "falls", "gaps", "claims"):
+            files.write_csv(folder / "data" / f"{name}.csv", tables[name])
         files.write_text(folder / "EXPERIMENT_SUMMARY.md", summary.experiment(tables, inference.plan(), confidence))
         files.write_text(folder / "TRAINING_DETAILS.md", summary.training(details))
         if figures is not None:

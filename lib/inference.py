@@ -18,6 +18,7 @@ import pandas as pd
 from lib import config, files, stats
 from lib.labels import is_control, percent, records
 from lib.outcomes import groups
+from lib.seeds import compare_seeds, pooled_over_seeds, power
 
 PLAN = config.PARAMETERS / "analysis.yaml"
 EMERGED = "emerged"
@@ -225,7 +226,7 @@ def _gap(first: pd.DataFrame, second: pd.DataFrame, declared: Mapping[str, Any],
         answered = arm.set_index(["question_set", "question_id"])
         by_seed = answered[answered.index.isin(both.index) & answered["seed"].isin(seeds)].groupby("seed")["rate"].mean()
         means.append(by_seed.loc[seeds].to_numpy())
-    mean, low, high = stats.compare_seeds(means[0], means[1], confidence)
+    mean, low, high = compare_seeds(means[0], means[1], confidence)
     apart = low > 0 or high < 0
     row |= {"unit": "training run", "change": mean, "low": low, "high": high}
     return row | {"verdict": "domains differ" if apart else NOT_ESTABLISHED}
@@ -248,7 +249,7 @@ def pooled(rates: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     for named, at in groups(ordered, keys):
         seeds = list(dict.fromkeys(seed[at].tolist()))
         wide = rate[at][None, :].astype(float) if len(seeds) == 1 else _by_seed(seed[at], question[at], rate[at])
-        mean, low, high, between = stats.pooled_over_seeds(wide, confidence)
+        mean, low, high, between = pooled_over_seeds(wide, confidence)
         used = int((~np.isnan(wide).any(axis=0)).sum())
         method = (
             "seeds and questions, t" if not np.isnan(low) else stats.TOO_FEW if len(seeds) > 1 else "one seed: no variance between seeds"
@@ -290,12 +291,12 @@ def planner(
     samples: Collection[int] = (1, 2, 5, 10, 50),
     alpha: float = 0.05,
 ) -> pd.DataFrame:
-    """Shows the chance to see a change from base for numbers of questions and of answers a question; see `stats.power`.
+    """Shows the chance to see a change from base for numbers of questions and of answers a question; see `seeds.power`.
 
     Returns:
         One row a number of questions, one column a number of samples; fractions. More questions help where more answers no longer do.
     """
-    table = {m: [stats.power(difference, base, questions=g, samples=m, icc=icc, alpha=alpha) for g in questions] for m in samples}
+    table = {m: [power(difference, base, questions=g, samples=m, icc=icc, alpha=alpha) for g in questions] for m in samples}
     return pd.DataFrame(table, index=pd.Index(list(questions), name="questions")).rename_axis(columns="answers a question")
 
 

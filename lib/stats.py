@@ -16,7 +16,6 @@ import numpy.typing as npt
 from scipy import optimize
 from scipy import stats as distributions
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestPower
 from statsmodels.stats.proportion import proportion_confint
 
 Array = npt.NDArray[np.float64]
@@ -264,7 +263,8 @@ def paired_intervals(differences: npt.ArrayLike, confidence: float = 0.95) -> tu
     freedom = np.clip(np.nan_to_num(carrying, nan=1.0) - 1, 1, max(questions - 1, 1))
     half = distributions.t.ppf(1 - (1 - confidence) / 2, freedom) * error
     given = (questions >= MIN_QUESTIONS) & (changed >= MIN_CHANGED) & (error > 0)
-    return mean, np.where(given, mean - half, np.nan), np.where(given, mean + half, np.nan)
+    low, high = np.clip(mean - half, -1, 1), np.clip(mean + half, -1, 1)
+    return mean, np.where(given, low, np.nan), np.where(given, high, np.nan)
 
 
 def paired_change(differences: npt.ArrayLike, confidence: float = 0.95, seed: int = 0) -> Change:
@@ -385,82 +385,3 @@ def largest_drop(rates: npt.ArrayLike, seed: int = 0, draws: int = 4000) -> tupl
     falls_by_chance = (np.maximum.accumulate(simulated, axis=1) - simulated).max(axis=1)
     p = float(((falls_by_chance >= fall - 1e-12).sum() + 1) / (draws + 1))
     return fall, peak, trough, max(p, smallest_p(questions))
-
-
-# ---------------------------------------------------------------- seeds and planning
-
-
-def pooled_over_seeds(rates: npt.ArrayLike, confidence: float = 0.95) -> tuple[float, float, float, float]:
-    """Pools a rate over the seeds of a pair: training runs and questions are both random.
-
-    The variance of the mean is that between seeds plus that between questions (two-way, without subtracting the part they share,
-    which errs to the wide side); t has min(seeds, questions) − 1 degrees of freedom.
-
-    Args:
-        rates: shape (seeds, questions), fractions; questions that a seed lacks are left out.
-
-    Returns:
-        Mean, low, high (NaN with one seed, fewer than `MIN_QUESTIONS` questions, or no spread at all) and the standard deviation
-        between seeds.
-    """
-    values = np.asarray(rates, dtype=float)
-    values = values[:, ~np.isnan(values).any(axis=0)]
-    seeds, questions = values.shape
-    nan = float("nan")
-    if not questions:
-        return nan, nan, nan, nan
-    mean = float(values.mean())
-    if seeds < 2:
-        return mean, nan, nan, nan
-    by_seed = values.mean(axis=1)
-    between = float(by_seed.std(ddof=1))
-    if questions < MIN_QUESTIONS:
-        return mean, nan, nan, between
-    variance = between**2 / seeds + float(values.mean(axis=0).var(ddof=1)) / questions
-    if variance == 0:
-        return mean, nan, nan, between
-    half = float(distributions.t.ppf(1 - (1 - confidence) / 2, min(seeds, questions) - 1) * np.sqrt(variance))
-    return mean, max(0.0, mean - half), min(1.0, mean + half), between
-
-
-def compare_seeds(first: npt.ArrayLike, second: npt.ArrayLike, confidence: float = 0.95) -> tuple[float, float, float]:
-    """Compares two arms with the training run as the unit.
-
-    Args:
-        first: one rate a seed (fractions), over questions that both arms answered.
-        second: the same seeds of the other arm, in the same order.
-
-    Returns:
-        Mean difference first − second and its t interval with seeds − 1 degrees of freedom; NaN limits with fewer than three seeds.
-    """
-    gap = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    mean = float(gap.mean())
-    if len(gap) < 3:
-        return mean, float("nan"), float("nan")
-    half = float(distributions.t.ppf(1 - (1 - confidence) / 2, len(gap) - 1) * gap.std(ddof=1) / np.sqrt(len(gap)))
-    return mean, mean - half, mean + half
-
-
-def power(
-    difference: float, base: float, *, questions: int, samples: int, icc: float = 0.3, shared: float = 0.5, alpha: float = 0.05
-) -> float:
-    """Returns the chance to see a change from base, paired by question, with a two-sided t test.
-
-    Args:
-        difference: true change (fraction); base + difference must lie between 0 and 1.
-        base: true rate of the base model.
-        questions: how many.
-        samples: answers a question at each step.
-        icc: correlation of two answers to one question (published scores: median 0.31 for aligned < 75, 0.10 for the paper's).
-        shared: correlation of a question's own rate between base and step.
-        alpha: level of the test.
-    """
-    rates = np.array([base, base + difference])
-    if not ((rates >= 0) & (rates <= 1)).all():
-        raise ValueError("base and base + difference must lie between 0 and 1")
-    binomial = rates * (1 - rates)
-    between, within = icc * binomial, (1 - icc) * binomial / samples
-    variance = between.sum() + within.sum() - 2 * shared * np.sqrt(between.prod())
-    if variance <= 0:
-        return 1.0 if difference else alpha
-    return float(TTestPower().power(effect_size=abs(difference) / np.sqrt(variance), nobs=questions, alpha=alpha))

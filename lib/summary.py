@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from lib.escape import html_text
-from lib.inference import EMERGED, span
+from lib.inference import EMERGED, span, trained
 from lib.labels import interval, records
 
 WARN = 0.02
@@ -85,10 +85,14 @@ def rates_table(rates: pd.DataFrame, relations: Sequence[str]) -> str:
 
 
 def findings(t: Mapping[str, pd.DataFrame]) -> list[str]:
-    """Says for each pair what changed on the emergent sets at the last step, against base and against the control, by both definitions."""
+    """Says for each pair what changed on the emergent sets at the last step, against base and against the control, by both definitions.
+
+    Control arms have no line of their own; their rates stand in the tables.
+    """
     lines = []
+    controls = set(t["control"]["control"])
     for name, what in (("changes", "base"), ("control", "its control")):
-        frame = t[name]
+        frame = trained(t[name], controls)
         last = frame[frame["relation"].isin(_EMERGENT) & frame["metric"].isin(["em_course", "em_paper"])]
         last = last[last["step"] == last.groupby(["pair", "seed"])["step"].transform("max")] if len(last) else last
         for (pair, seed, question_set, judge), group in last.groupby(["pair", "seed", "question_set", "judge"], sort=False):

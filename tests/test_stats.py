@@ -15,7 +15,7 @@ from scipy import stats as distributions
 from scipy.special import expit
 from statsmodels.stats.proportion import proportion_confint
 
-from lib import stats
+from lib import seeds, stats
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -250,13 +250,13 @@ def test_seeds_enter_the_interval() -> None:
     questions = rng.uniform(0.1, 0.3, 12)
     alike = np.tile(questions, (3, 1))
     apart = alike + np.array([[-0.1], [0.0], [0.1]])
-    _, low, high, between = stats.pooled_over_seeds(alike)
-    _, low_apart, high_apart, between_apart = stats.pooled_over_seeds(apart)
+    _, low, high, between = seeds.pooled_over_seeds(alike)
+    _, low_apart, high_apart, between_apart = seeds.pooled_over_seeds(apart)
     assert between == pytest.approx(0, abs=1e-12)
     assert between_apart == pytest.approx(0.1)
     assert high_apart - low_apart > high - low
-    assert math.isnan(stats.pooled_over_seeds(np.ones((3, 8)))[1])
-    mean, low, _, _ = stats.pooled_over_seeds(alike[:1])
+    assert math.isnan(seeds.pooled_over_seeds(np.ones((3, 8)))[1])
+    mean, low, _, _ = seeds.pooled_over_seeds(alike[:1])
     assert mean == pytest.approx(questions.mean())
     assert math.isnan(low)
 
@@ -267,14 +267,14 @@ def test_pooled_interval_covers_when_seeds_and_questions_vary() -> None:
     for _ in range(400):
         truth = 0.4 + rng.normal(0, 0.05, (4, 1)) + rng.normal(0, 0.1, (1, 12))
         rates = rng.binomial(20, np.clip(truth, 0, 1)) / 20
-        _, low, high, _ = stats.pooled_over_seeds(rates)
+        _, low, high, _ = seeds.pooled_over_seeds(rates)
         hits += low <= 0.4 <= high
     assert hits / 400 > 0.93
 
 
 def test_domains_need_three_seeds() -> None:
-    assert math.isnan(stats.compare_seeds([0.1, 0.2], [0.3, 0.3])[1])
-    mean, low, high = stats.compare_seeds([0.5, 0.6, 0.55], [0.2, 0.25, 0.22])
+    assert math.isnan(seeds.compare_seeds([0.1, 0.2], [0.3, 0.3])[1])
+    mean, low, high = seeds.compare_seeds([0.5, 0.6, 0.55], [0.2, 0.25, 0.22])
     assert low < mean < high
     assert low > 0
 
@@ -289,8 +289,8 @@ def test_power_is_what_simulation_gives_and_grows() -> None:
 
     d = draw(base + difference) - draw(base)
     seen = (distributions.ttest_1samp(d, 0, axis=1).pvalue < 0.05).mean()
-    told = stats.power(difference, base, questions=questions, samples=samples, icc=icc, shared=0)
+    told = seeds.power(difference, base, questions=questions, samples=samples, icc=icc, shared=0)
     assert told == pytest.approx(seen, abs=0.04)
-    assert stats.power(0.2, 0.1, questions=30, samples=5) > stats.power(0.2, 0.1, questions=10, samples=5)
+    assert seeds.power(0.2, 0.1, questions=30, samples=5) > seeds.power(0.2, 0.1, questions=10, samples=5)
     with pytest.raises(ValueError, match="between 0 and 1"):
-        stats.power(0.5, 0.8, questions=8, samples=1)
+        seeds.power(0.5, 0.8, questions=8, samples=1)
