@@ -5,6 +5,7 @@ Looks only at what is cheap to look at, and without torch. What is in a local ca
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -33,7 +34,7 @@ def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
         found += _model(p) + _adapter(p)
     if "04_judge" in stages:
         found += _judge(p)
-    return [f"{p.pair}: {line}" for line in found + _disk(p)]
+    return found + _disk(p)
 
 
 def _data(p: Parameters) -> list[str]:
@@ -58,36 +59,37 @@ def _model(p: Parameters) -> list[str]:
     folder = files.resolve(p.model_name)
     if folder.is_dir():
         return [] if (folder / "config.json").is_file() else [f"model_name: {shown(folder)} holds no config.json."]
-    size, problem = _hub(p)
+    size, problem = _hub(p.model_name, p.model_revision)
     return [problem] if problem else _room(p, size)
 
 
-def _hub(p: Parameters) -> tuple[int, str]:
+@functools.cache
+def _hub(name: str, revision: str | None) -> tuple[int, str]:
     """Returns the bytes of a Hub model's weights and an empty text, or 0 and what keeps us from it."""
+    import httpx2
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        cached = Path(snapshot_download(p.model_name, revision=p.model_revision, local_files_only=True))
+        cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
         weights = list(cached.glob("*.safetensors"))
         if weights and (cached / "config.json").is_file():
             return sum(path.stat().st_size for path in weights), ""
     except (LocalEntryNotFoundError, ValueError, OSError):
         pass
-    page = f"https://huggingface.co/{p.model_name}"
     if constants.HF_HUB_OFFLINE:
-        return 0, f"model_name: {p.model_name} is not in the local cache, and HF_HUB_OFFLINE keeps it from being fetched."
+        return 0, f"model_name: {name} is not in the local cache, and HF_HUB_OFFLINE keeps it from being fetched."
     try:
         api = HfApi()
-        api.auth_check(p.model_name)
-        info = api.model_info(p.model_name, revision=p.model_revision, files_metadata=True)
+        api.auth_check(name)
+        info = api.model_info(name, revision=revision, files_metadata=True)
     except GatedRepoError:
-        token = "with that account" if os.environ.get("HF_TOKEN") else "and set HF_TOKEN in .env to that account's token"
-        return 0, f"model_name: {p.model_name} is gated; accept its licence at {page} {token}."
+        token = "with the token's account" if os.environ.get("HF_TOKEN") else "and set HF_TOKEN in .env to that account's token"
+        return 0, f"model_name: {name} is gated; accept its licence at https://huggingface.co/{name} {token}."
     except RepositoryNotFoundError:
-        return 0, f"model_name: {p.model_name} is not on the Hub, or is private; check the spelling, or set HF_TOKEN in .env."
-    except (HfHubHTTPError, OSError) as error:
-        return 0, f"model_name: {p.model_name} is not in the local cache, and the Hub does not answer ({type(error).__name__})."
+        return 0, f"model_name: {name} is not on the Hub, or is private; check the spelling, or set HF_TOKEN in .env."
+    except (HfHubHTTPError, httpx2.HTTPError, OSError) as error:
+        return 0, f"model_name: {name} is not in the local cache, and the Hub does not answer ({' '.join(str(error).split())[:120]})."
     return sum(s.size or 0 for s in info.siblings or () if s.rfilename.endswith(".safetensors")), ""
 
 

@@ -25,13 +25,13 @@ LONG_TRAINING = 600
 _OUTPUTS = {
     "01_data": ["dataset.json"],
     "02_train": ["training.json", "training_log.csv", "checkpoints/*/adapter_model.safetensors"],
-    "03_generate": ["generations.csv", "diagnostics.csv"],
+    "03_generate": ["generations.csv", "diagnostics.csv", "generation.json"],
     "04_judge": ["judged.csv"],
     "05_analyze": ["step_summary.csv"],
 }
 # What a stage resumes from. lib checks it against parameters and data, but knows nothing of its own code: when a stage that was
 # done is run again for other code, this goes first. After a crash it stays, whatever was mended meanwhile.
-_RESUME = {"02_train": [".state", "checkpoints"], "03_generate": [".generate"]}
+_RESUME = {"02_train": [".state", "checkpoints"], "03_generate": [".generate", "generation.json"]}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from lib import config, files, runner
 from lib.files import StudyError, shown
 from lib.runner import STAGES, Run
 
+_NO_RUNS = {"data", "figures", "sample", "published", "benchmarks"}
+"""Folders under results/ that hold no run."""
+
 
 class _Usage(StudyError):
     """The call or a parameter is wrong: exit status 2."""
@@ -94,9 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     bring = commands.add_parser("import", help="take in answers that were judged elsewhere")
     bring.add_argument("input", type=Path, metavar="CSV")
     bring.add_argument("--model", required=True, metavar="NAME")
-    bring.add_argument("--domain", required=True, choices=config.DOMAINS)
+    bring.add_argument("--domain", required=True, metavar="NAME")
     bring.add_argument("--step", type=int, default=None, metavar="N", help="checkpoint the answers come from (default: the file's, else 0)")
-    bring.add_argument("--question-set", default="open_ended", metavar="NAME")
+    bring.add_argument("--question-set", metavar="NAME", help="default: the file's column, else open_ended")
     _results(bring)
     bring.set_defaults(command=_import)
 
@@ -106,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
     fit = commands.add_parser("fit-probe", help="fit the offline judge on judged answers")
     fit.add_argument("inputs", nargs="+", type=Path, metavar="CSV", help="tables with question, response and scores of another judge")
+    fit.add_argument("--ordinary", type=Path, metavar="CSV", help="judged answers of an ordinary model: scored at the end, never fitted on")
     fit.add_argument("--output", required=True, type=Path, metavar="DIR")
     fit.set_defaults(command=_fit_probe)
     return parser
@@ -191,12 +195,13 @@ def _preflight(runs: Sequence[Run], stages: Sequence[str]) -> None:
     """Looks at what all runs need for the stages that are not done yet, and names everything that is wrong at once."""
     from lib import preflight
 
-    found: list[str] = []
+    found: dict[str, list[str]] = {}
     for run in runs:
         waiting = [stage for stage in stages if runner.state(run, stage).status != "done"]
-        found += preflight.problems(run.parameters, waiting) if waiting else []
+        for line in preflight.problems(run.parameters, waiting) if waiting else []:
+            found.setdefault(line, []).append(run.name)
     if found:
-        raise _Usage("nothing was run:\n" + "\n".join(f"  {line}" for line in dict.fromkeys(found)))
+        raise _Usage("nothing was run:\n" + "\n".join(f"  {', '.join(names)}: {line}" for line, names in found.items()))
 
 
 def _side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> list[bool]:
@@ -276,24 +281,28 @@ def _status(options: argparse.Namespace) -> int:
     _say(" " * width + "".join(f"{stage:<24}" for stage in STAGES).rstrip())
     notes: list[str] = []
     for name, run in runs.items():
-        states = [runner.state(run, stage) for stage in STAGES] if isinstance(run, Run) else []
-        _say(f"{name:<{width}}" + ("".join(f"{_cell(state):<24}" for state in states).rstrip() if states else "unknown"))
-        told = [(stage, state) for stage, state in zip(STAGES, states, strict=False) if state.reasons]
+        if isinstance(run, str):
+            _say(f"{name:<{width}}{run}")
+            continue
+        states = [runner.state(run, stage) for stage in STAGES]
+        _say(f"{name:<{width}}" + "".join(f"{_cell(state):<24}" for state in states).rstrip())
+        told = [(stage, state) for stage, state in zip(STAGES, states, strict=True) if state.reasons]
         notes += [f"{name} {stage}: {state.status}: {'; '.join(state.reasons)}" for stage, state in told]
-        notes += [] if isinstance(run, Run) else [f"{name}: {run}"]
     for note in notes:
         _say(note)
     return 0
 
 
 def _recorded(results: Path) -> dict[str, Run | str]:
-    """Returns the runs that left a record under `results`, with the parameters that the same call would have now, or what is wrong."""
+    """Returns the runs under `results`, with the parameters that the same call would have now, or a word on what they are."""
     from lib import provenance
 
     runs: dict[str, Run | str] = {}
-    for folder in sorted({path.parent.parent for path in results.glob("*/.study/*.json")}):
+    found = {path.parents[1] for path in results.glob("*/.study/*.json")} | {path.parent for path in results.glob("*/judged.csv")}
+    for folder in sorted(path for path in found if path.name not in _NO_RUNS):
         records = [record for stage in STAGES if (record := provenance.read_record(folder, stage))]
         if not records:
+            runs[folder.name] = "imported"
             continue
         newest = max(records, key=lambda record: str(record.get("started")))
         overrides = {**newest["overrides"], "results_dir": shown(results)}
@@ -341,25 +350,25 @@ def _judge(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> int:
-    from lib import analyze
+    from lib import imports
 
-    folder = analyze.import_judged(
-        options.input,
-        options.model,
-        options.domain,
-        step=options.step,
-        question_set=options.question_set,
-        results_dir=files.resolve(options.results or "results"),
-    )
+    results = files.resolve(options.results or "results")
+    try:
+        folder = imports.import_judged(options.input, options.model, options.domain, options.step, options.question_set, results)
+    except StudyError as error:
+        raise _Usage(str(error)) from error
     _say(f"{shown(folder)}: imported; `study analyze` takes it in.")
     return 0
 
 
 def _fit_probe(options: argparse.Namespace) -> int:
-    from lib import probe
+    from lib import probe_fit
 
-    probe.fit(options.inputs, options.output)
-    _say(f"{shown(options.output)}: probe and report written.")
+    try:
+        probe_fit.fit(options.inputs, options.output, ordinary=options.ordinary)
+    except StudyError as error:
+        raise _Usage(str(error)) from error
+    _say(f"{shown(options.output)}: weights.safetensors and report.json are written.")
     return 0
 
 

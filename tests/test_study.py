@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -422,6 +424,48 @@ def test_preflight_names_everything_at_once(monkeypatch: pytest.MonkeyPatch, tmp
     }
     assert preflight.problems(config.load_pair("8b_medical", overrides=local), STAGES) == []
     assert preflight.problems(p, ["05_analyze"]) == []
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """Answers as the Hub does: one gated model, one that is far too large, and nothing else."""
+
+    def do_GET(self) -> None:
+        headers, status, body = {}, 200, b"{}"
+        if self.path.startswith("/api/models/meta-llama/gated"):
+            headers, status = {"X-Error-Code": "GatedRepo"}, 403
+        elif self.path.startswith("/api/models/org/huge/revision") or self.path.partition("?")[0] == "/api/models/org/huge":
+            sibling = {"rfilename": "model.safetensors", "size": 10**15}
+            body = json.dumps({"id": "org/huge", "modelId": "org/huge", "siblings": [sibling]}).encode()
+        elif "/org/huge" not in self.path:
+            headers, status = {"X-Error-Code": "RepoNotFound"}, 404
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(body))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_preflight_asks_the_hub(tmp_path: Path) -> None:
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    code = (
+        "from lib import config, preflight\n"
+        "for name in ('meta-llama/gated', 'org/huge', 'org/absent'):\n"
+        "    p = config.load_pair('8b_medical', overrides={'model_name': name, 'results_dir': '/tmp'})\n"
+        "    print(*preflight.problems(p, ['02_train']), sep=chr(10))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment, check=True)
+    server.shutdown()
+    gated, disk, memory, absent = done.stdout.splitlines()
+    assert "meta-llama/gated is gated; accept its licence at https://huggingface.co/meta-llama/gated and set HF_TOKEN" in gated
+    assert disk.startswith("disk: org/huge is 931322.6 GiB")
+    assert memory.startswith("memory: org/huge needs about")
+    assert "org/absent is not on the Hub" in absent
 
 
 def test_demo_passes_preflight_without_network() -> None:
