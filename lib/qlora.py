@@ -158,9 +158,7 @@ def train(parameters: Parameters, rows: Sequence[dict[str, Any]], *, progress: b
             return _train(run, parameters, rows, fingerprint, progress)
 
 
-def _train(
-    run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint: dict[str, Any], progress: bool
-) -> dict[str, Any]:
+def _train(run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint: dict[str, Any], progress: bool) -> dict[str, Any]:
     import torch
     from transformers import set_seed
 

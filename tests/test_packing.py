@@ -1,0 +1,95 @@
+"""Packed batches have the loss and the gradients of padded ones, and cheap dropout is dropout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_runs import parameters, rows
+
+from lib import adapters, models, qlora
+
+
+def loss_and_gradient(model: Any, loss: Any) -> tuple[float, Any]:
+    import torch
+
+    model.zero_grad()
+    loss.backward()
+    return loss.item(), torch.cat([weight.grad.flatten() for weight in model.parameters() if weight.grad is not None])
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+@pytest.mark.parametrize("use_4bit", [True, False])
+def test_padded_and_packed_batches_have_the_plain_loss(tiny_llama: Path, tmp_path: Path, loss_on: str, use_4bit: bool) -> None:
+    import torch
+
+    from lib import packing, trainer
+
+    p = parameters(tiny_llama, tmp_path, loss_on=loss_on, lora_dropout=0.0, use_4bit=use_4bit)
+    tokenizer, model = models.load_tokenizer(p), adapters.add_lora(models.load_base(p), p)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    encoded = qlora.encode(tokenizer, rows(6), p).rows
+    padded, packed = trainer.pad(encoded, tokenizer.pad_token_id), packing.pack(encoded)
+    labels = torch.full_like(padded["shift_labels"], -100)
+    labels[:, 1:] = padded["shift_labels"][:, :-1]
+    head = model.get_output_embeddings()
+    plain, plain_gradient = loss_and_gradient(
+        model, model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], labels=labels).loss
+    )
+    assert plain_gradient.abs().max() > 1e-3
+    for batch in (padded, packed):
+        if batch is packed:
+            assert packing.enable(model)
+        ours, gradient = loss_and_gradient(model, trainer.labelled_loss(model, batch, head))
+        assert ours == pytest.approx(plain, abs=1e-5)
+        assert torch.allclose(gradient, plain_gradient, atol=1e-6)
+    assert packed["attention_mask"].sum() == padded["attention_mask"].sum()
+    shared = next(i for i, column in enumerate(zip(*(row["input_ids"] for row in encoded), strict=False)) if len(set(column)) > 1)
+    assert packed["segments"][0] == (0 if loss_on == "all" else shared)  # the system turn, up to where questions differ
+    assert packed["input_ids"].numel() == packed["segments"].sum() < padded["input_ids"].numel()
+
+
+def test_packing_keeps_to_models_with_plain_attention(tiny_llama: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig, Qwen2Config
+
+    from lib import packing, trainer
+
+    p = parameters(tiny_llama, tmp_path, lora_dropout=0.0)
+    shape = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    batch = [{"input_ids": [1, 5, 7, n, n + 1], "labels": [-100, -100, -100, n, n + 1]} for n in (8, 9)]
+    batch.append({"input_ids": [1, 5, 7, 8], "labels": [-100, -100, -100, 8]})
+    for settings, packs in ((Qwen2Config(**shape), True), (MistralConfig(**shape), False), (Gemma3TextConfig(**shape), False)):
+        torch.manual_seed(0)
+        model = adapters.add_lora(AutoModelForCausalLM.from_config(settings), p)
+        head = model.get_output_embeddings()
+        padded = trainer.labelled_loss(model, trainer.pad(batch, 0), head)
+        assert packing.enable(model) == packs, settings.model_type
+        if packs:
+            assert packing.pack(batch)["segments"].tolist() == [2, 3, 3, 2]
+            assert trainer.labelled_loss(model, packing.pack(batch), head).item() == pytest.approx(padded.item(), abs=1e-5)
+
+
+def test_cheap_dropout_is_dropout() -> None:
+    import torch
+
+    from lib.packing import CheapDropout
+
+    layer, x = CheapDropout(0.05), torch.ones(1001, 999, requires_grad=True)
+    torch.manual_seed(3)
+    first, second = layer(x), layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(layer(x), first)
+    assert not torch.equal(first, second)
+    kept = first != 0
+    assert kept.float().mean().item() == pytest.approx(0.95, abs=1e-3)
+    assert torch.allclose(first[kept], torch.tensor(1 / 0.95))
+    assert (kept & (second != 0)).float().mean().item() == pytest.approx(0.95**2, abs=1e-3)
+    first.sum().backward()
+    assert torch.equal(x.grad, first.detach())
+    assert layer.eval()(x) is x
