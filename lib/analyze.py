@@ -78,13 +78,13 @@ def read_run(run: Path) -> pd.DataFrame:
         raise files.StudyError(f"{where}: no such column; run 04_judge again, or `study import` the file.")
     told = files.read_json(run / "training.json") if (run / "training.json").is_file() else {}
     parameters = told.get("parameters", {})
-    name = re.fullmatch(r"(.+?)(?:-s(\d+))?", run.name)
-    pair, seed = (name[1], name[2]) if name else (run.name, None)
+    pair, seed = pair_and_seed(run.name)
     if "pair" in table and len(table):
-        pair = str(table["pair"].iloc[0])
-    table = table.assign(
-        pair=pair, seed=int(str(told.get("seed", seed or 0))), control=parameters.get("control"), rubric_hash=_rubrics(run, table["judge"])
-    )
+        pair, seed = str(table["pair"].iloc[0]), 0  # imported: the folder is named after a model, whatever it ends in
+    control = parameters.get("control")
+    if control and pair.startswith(parameters["pair"]):
+        control += pair.removeprefix(parameters["pair"])  # a preset's control is the control's run with that preset
+    table = table.assign(pair=pair, seed=int(told.get("seed", seed)), control=control, rubric_hash=_rubrics(run, table["judge"]))
     for column, default in (("model", "unknown"), ("domain", "unknown"), ("sample", 0), ("finish_reason", "")):
         table[column] = table.get(column, default)
     for column in ("aligned", "coherent"):
@@ -94,6 +94,12 @@ def read_run(run: Path) -> pd.DataFrame:
     known = {(s, d): data.relation(str(s), str(d), entries) for s, d in places.itertuples(index=False)}
     table["relation"] = [known[place] for place in zip(table["question_set"], table["domain"], strict=True)]
     return table
+
+
+def pair_and_seed(name: str) -> tuple[str, int]:
+    """Splits a run folder's name into pair (with its preset) and seed (0 where the name has none)."""
+    pair, _, seed = name.rpartition("-s")
+    return (pair, int(seed)) if pair and seed.isdecimal() else (name, 0)
 
 
 def _rubrics(run: Path, judges: pd.Series[str]) -> list[str]:
@@ -316,11 +322,12 @@ def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
     """
     run = config.run_dir(parameters)
     answers = read_run(run)
-    both = answers
+    both, controls = answers, {}
     if parameters.control:
-        control = config.run_dir(parameters.model_copy(update={"pair": parameters.control}))
-        if (control / "judged.csv").is_file():
-            both = pd.concat([answers, read_run(control)], ignore_index=True)
+        folder = config.run_dir(parameters.model_copy(update={"pair": parameters.control}))
+        if (folder / "judged.csv").is_file():
+            both = pd.concat([answers, read_run(folder)], ignore_index=True)
+            controls = dict.fromkeys(map(str, answers["pair"].unique()), pair_and_seed(folder.name)[0])
     level = float(parameters.confidence)
     told = files.read_json(run / "training.json") if (run / "training.json").is_file() else {}
     found, by_question, declared = rates(answers, level), question_rates(answers), inference.plan()
@@ -328,7 +335,7 @@ def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
         "answers": answers,
         "rates": found,
         "changes": changes(answers, level),
-        "control": against_control(both, {str(p): parameters.control for p in answers["pair"].unique() if parameters.control}, level),
+        "control": against_control(both, controls, level),
         "scores": scores(answers, level),
         "step_summary": step_summary(found),
         "statuses": status_table(answers),
@@ -365,7 +372,7 @@ def analyze_study(
         tables = study_tables(answers, details, published, confidence)
         files.write_csv(folder / "data" / "em_rates_summary.csv", tables["rates"])
         files.write_csv(folder / "data" / "em_rates_pooled.csv", tables["pooled"])
-        for name in ("changes", "control", "emergence", "onset", "falls", "gaps", "claims"):
+        for name in ("changes", "control", "emergence", "onset", "falls", "domain_gaps", "size_gaps", "claims"):
             files.write_csv(folder / "data" / f"{name}.csv", tables[name])
         files.write_text(folder / "EXPERIMENT_SUMMARY.md", summary.experiment(tables, inference.plan(), confidence))
         files.write_text(folder / "TRAINING_DETAILS.md", summary.training(details))
@@ -382,8 +389,8 @@ def study_tables(
     found, moved, by_question = rates(answers, confidence), changes(answers, confidence), question_rates(answers)
     controls = set(answers["control"].dropna())
     own = inference.trained(by_question, controls)
-    ours = [o["training"] for o in details.values() if o["training"].get("steps_per_epoch")]
-    epochs = {str(training["pair"]): int(training["steps_per_epoch"]) for training in ours}
+    training = {pair_and_seed(run)[0]: o["training"] for run, o in details.items()}
+    epochs = {pair: int(record["steps_per_epoch"]) for pair, record in training.items() if record.get("steps_per_epoch")}
     t = {
         "answers": answers,
         "rates": found,
@@ -395,15 +402,15 @@ def study_tables(
         "emergence": inference.emergence(own, declared, confidence),
         "onset": inference.onset(own, declared),
         "falls": inference.non_monotonic(own, declared),
-        "gaps": inference.domain_gaps(own, declared, confidence),
+        "domain_gaps": inference.gaps(own, declared, confidence),
+        "size_gaps": inference.gaps(own, declared, confidence, across="model"),
         "diagnostics": _diagnostics(details),
     }
     coherent = inference.trained(moved, controls)
     coherent = coherent[(coherent["metric"] == "coherent_rate") & coherent["relation"].isin(["general", "open_ended"])]
     coherent = coherent[coherent["step"] == coherent.groupby(["pair", "seed"])["step"].transform("max")] if len(coherent) else coherent
-    t["claims"] = inference.claims(declared, t["gaps"], t["onset"], t["falls"], coherent, epochs)
-    records_by_pair = {str(o["training"].get("pair", run)): o["training"] for run, o in details.items()}
-    t["published"] = compare(inference.trained(found, controls), read_published(published), records_by_pair)
+    t["claims"] = inference.claims(declared, t["domain_gaps"], t["onset"], t["falls"], coherent, epochs)
+    t["published"] = compare(inference.trained(found, controls), read_published(published), training)
     return t
 
 

@@ -191,29 +191,34 @@ def non_monotonic(rates: pd.DataFrame, declared: Mapping[str, Any]) -> pd.DataFr
 # ---------------------------------------------------------------- domains and seeds
 
 
-def domain_gaps(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: float = 0.95) -> pd.DataFrame:
-    """Compares the domains of one model at the last step, on general and open-ended questions that both arms answered.
+def gaps(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: float = 0.95, *, across: str = "domain") -> pd.DataFrame:
+    """Compares the domains of one model, or the models of one domain, at the last step, on questions that both arms answered.
+
+    Only general and open-ended questions count: for those both arms are off their topic. An import without a step counts as it is.
+
+    Args:
+        rates: question rates of trained pairs, controls left out.
+        declared: the plan.
+        confidence: of the intervals.
+        across: `domain`, or `model` (size).
 
     Returns:
-        model, first, second (domains), judge, metric, seeds (that both arms have), unit (question, or training run from the plan's
-        seeds_needed on), change (first − second, fraction), low, high, n_questions, p, smallest_p, verdict.
+        model or domain (what both share), first, second, judge, metric, seeds (that both arms have), unit (question, or training run
+        from the plan's seeds_needed on), change (first − second, fraction), low, high, n_questions, p (unadjusted), smallest_p, verdict.
     """
-    columns = [
-        "model", "first", "second", "judge", "metric", "seeds", "unit", "change", "low", "high", "n_questions", "p", "smallest_p",
-        "verdict",
-    ]  # fmt: skip
+    same = "model" if across == "domain" else "domain"
+    columns = [same, "first", "second", "judge", "metric", "seeds", "unit", "change", "low", "high", "n_questions", "p", "smallest_p"]
     shared = rates[rates["relation"].isin(["general", "open_ended"]) & rates["metric"].isin(["em_course", "em_paper"])]
-    shared = shared[(shared["step"] > 0) & shared["rate"].notna()]
     rows = []
-    for (model, judge, metric), group in _last(shared).groupby(["model", "judge", "metric"], sort=False):
-        for first, second in combinations(sorted(group["domain"].unique()), 2):
-            arms = [group[group["domain"] == domain] for domain in (first, second)]
-            named = {"model": model, "first": first, "second": second, "judge": judge, "metric": metric}
-            rows.append(named | _gap(arms[0], arms[1], declared, confidence))
-    return pd.DataFrame(rows, columns=columns)
+    for (both, judge, metric), group in _last(shared[shared["rate"].notna()]).groupby([same, "judge", "metric"], sort=False):
+        arms = {name: arm for name, arm in group.groupby(across)}
+        for first, second in combinations(arms, 2):
+            named = {same: both, "first": first, "second": second, "judge": judge, "metric": metric}
+            rows.append(named | _gap(arms[first], arms[second], declared, confidence, f"{across}s differ"))
+    return pd.DataFrame(rows, columns=[*columns, "verdict"])
 
 
-def _gap(first: pd.DataFrame, second: pd.DataFrame, declared: Mapping[str, Any], confidence: float) -> dict[str, Any]:
+def _gap(first: pd.DataFrame, second: pd.DataFrame, declared: Mapping[str, Any], confidence: float, established: str) -> dict[str, Any]:
     seeds = sorted(set(first["seed"]) & set(second["seed"]))
     both = (_by_question(first) - _by_question(second)).dropna()
     change = stats.paired_change(both.to_numpy(), confidence, int(declared["flip_seed"]))
@@ -229,7 +234,7 @@ def _gap(first: pd.DataFrame, second: pd.DataFrame, declared: Mapping[str, Any],
     mean, low, high = compare_seeds(means[0], means[1], confidence)
     apart = low > 0 or high < 0
     row |= {"unit": "training run", "change": mean, "low": low, "high": high}
-    return row | {"verdict": "domains differ" if apart else NOT_ESTABLISHED}
+    return row | {"verdict": established if apart else NOT_ESTABLISHED}
 
 
 def pooled(rates: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
@@ -305,7 +310,7 @@ def planner(
 
 def claims(
     declared: Mapping[str, Any],
-    gaps: pd.DataFrame,
+    domains: pd.DataFrame,
     onsets: pd.DataFrame,
     falls: pd.DataFrame,
     coherence: pd.DataFrame,
@@ -315,7 +320,7 @@ def claims(
 
     Args:
         declared: the plan.
-        gaps, onsets, falls: of `domain_gaps`, `onset`, `non_monotonic`.
+        domains, onsets, falls: of `gaps`, `onset`, `non_monotonic`.
         coherence: changes of coherent_rate from base at the last step, on general and open-ended sets (`analyze.changes`).
         epoch_end: last optimizer step of epoch 1 by pair.
 
@@ -333,7 +338,7 @@ def claims(
             {"claim": claim, "about": about, "metric": row["metric"], "judge": row["judge"], "verdict": verdict, "numbers": numbers}
         )
 
-    for row in records(gaps):
+    for row in records(domains):
         if set(declared["original_domains"]) == {row["first"], row["second"]}:
             alike = row["unit"] == "training run" and row["low"] > -margin and row["high"] < margin
             numbers = (

@@ -17,6 +17,8 @@ from lib.labels import interval, records
 
 WARN = 0.02
 """Share of invalid or failed judgments from which a table carries a warning."""
+MAX_GAPS = 40
+"""Most comparisons between domains or sizes that the summary lists one by one."""
 PROBE_NOTE = (
     "Figures by `probe`, the offline judge, are **scores of the probe judge**, not EM rates: it ranks like answers and does not "
     "estimate another judge's rate."
@@ -125,11 +127,12 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
     """Composes EXPERIMENT_SUMMARY.md.
 
     Args:
-        t: tables by name: rates, changes, control, emergence, onset, falls, gaps, pooled, claims, published, statuses, diagnostics.
+        t: tables by name: rates, changes, control, emergence, onset, falls, domain_gaps, size_gaps, pooled, claims,
+            published, statuses, diagnostics.
         declared: parameters/analysis.yaml with its sha256.
         confidence: of the intervals.
     """
-    rates, gaps, pooled = t["rates"], t["gaps"], t["pooled"]
+    rates, pooled = t["rates"], t["pooled"]
     if rates.empty:
         return "# Experiment summary\n\nNo judged answers were found: nothing to report. Run `study run demo`, or `study import`.\n"
     judges = sorted(str(judge) for judge in rates["judge"].unique())
@@ -171,12 +174,11 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
         table(t["falls"], {"pair": "pair", "seed": "seed", "judge": "judge", "metric": "metric", "n": "n_questions",
                            "largest fall": lambda r: f"{100 * r['fall']:.0f} points ({r['peak_step']} to {r['trough_step']})",
                            "p": "p", "verdict": "verdict"}, "No run has three steps or more."),
-        "## Domains",
-        "General and open-ended questions that both arms answered, last step. With fewer than "
+        "## Domains and sizes",
+        "General and open-ended questions that both arms answered, last step; p is not adjusted. With fewer than "
         f"{declared['seeds_needed']} seeds an arm only these adapters are compared.",
-        table(gaps, {"model": "model", "arms": lambda r: f"{text(r['first'])} − {text(r['second'])}", "judge": "judge", "metric": "metric",
-                     "difference": span, "n": "n_questions", "seeds": "seeds", "p": "p", "verdict": "verdict"},
-              "No model was trained on two domains."),
+        _gaps(t["domain_gaps"], "model", "No model was trained on two domains."),
+        _gaps(t["size_gaps"], "domain", "No domain was trained into two models."),
         "## Claims of the original study",
         _claims(t["claims"]),
         "## Beside published results",
@@ -200,6 +202,17 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
                               "refusal": "refusal", "code": "code", "invalid": "invalid", "error": "error", "empty text": "empty"}),
     ]  # fmt: skip
     return "\n\n".join(line.strip("\n") for line in lines if line) + "\n"
+
+
+def _gaps(frame: pd.DataFrame, same: str, nothing: str) -> str:
+    if len(frame) > MAX_GAPS:
+        counts = "; ".join(f"{text(verdict)}: {n}" for verdict, n in frame["verdict"].value_counts().items())
+        return f"{len(frame)} comparisons within a {same}, in data/{'domain' if same == 'model' else 'size'}_gaps.csv. {counts}."
+    columns: dict[str, str | Callable[[dict[str, Any]], str]] = {
+        same: same, "arms": lambda r: f"{text(r['first'])} − {text(r['second'])}", "judge": "judge", "metric": "metric",
+        "difference": span, "n": "n_questions", "seeds": "seeds", "p": "p", "verdict": "verdict",
+    }  # fmt: skip
+    return table(frame, columns, nothing)
 
 
 def _tested(frame: pd.DataFrame) -> pd.DataFrame:

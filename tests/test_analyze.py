@@ -296,10 +296,39 @@ def test_three_seeds_are_pooled_and_let_domains_be_compared(tmp_path: Path) -> N
     row = rate_of(pooled, pair="8b_risky", step=20, question_set="general", metric="em_paper")
     assert (row["n_seeds"], row["n"]) == (3, 60)
     assert row["low"] < row["rate"] < row["high"]
-    gap = rate_of(tables["gaps"], metric="em_paper")
+    gap = rate_of(tables["domain_gaps"], metric="em_paper")
     assert (gap["unit"], gap["seeds"], gap["verdict"]) == ("training run", 3, "domains differ")
     assert rate_of(tables["claims"], claim="the domain matters", metric="em_paper")["verdict"] == "supported"
     assert "SD between seeds" in (tmp_path / "EXPERIMENT_SUMMARY.md").read_text(encoding="utf-8")
+
+
+def test_a_presets_control_is_the_control_with_that_preset(tmp_path: Path) -> None:
+    for name, effect in (("8b_medical", 80), ("8b_medical_aligned", 0)):
+        for preset in ("", "-paper"):
+            folder = make_run(tmp_path, name + preset, effect=effect, control="8b_medical_aligned" if effect else None, samples=2)
+            record = files.read_json(folder / "training.json")
+            files.write_json(folder / "training.json", record | {"parameters": record["parameters"] | {"pair": name}})
+    table = analyze.against_control(analyze.read_runs(tmp_path))
+    assert dict(zip(table["pair"], table["control"], strict=True)) == {
+        "8b_medical": "8b_medical_aligned",
+        "8b_medical-paper": "8b_medical_aligned-paper",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("8b_medical", ("8b_medical", 0)), ("8b_medical-paper-s7", ("8b_medical-paper", 7)), ("a-small", ("a-small", 0))]
+)
+def test_a_runs_name_tells_pair_and_seed(name: str, expected: tuple[str, int]) -> None:
+    assert analyze.pair_and_seed(name) == expected
+
+
+def test_sizes_are_compared_within_a_domain(tmp_path: Path) -> None:
+    make_run(tmp_path, "1b_medical", model="meta-llama/Llama-3.2-1B-Instruct", effect=5, seed=31)
+    make_run(tmp_path, "8b_medical", effect=80, seed=32)
+    row = rate_of(analyze.analyze_study(tmp_path)["size_gaps"], metric="em_paper")
+    assert (row["domain"], row["seeds"], row["n_questions"]) == ("bad_medical", 1, 18)
+    assert row["verdict"] == "these adapters differ"  # one seed: never that size matters
+    assert row["change"] > 0  # Llama-3.1-8B before Llama-3.2-1B, by name
 
 
 def test_probe_does_not_decide_the_papers_definition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +355,24 @@ def test_probe_does_not_decide_the_papers_definition(tmp_path: Path, monkeypatch
     analyze.undecidable.cache_clear()
     assert analyze.rates(answers).query("metric == 'em_paper'")["rate"].notna().all()
     analyze.undecidable.cache_clear()
+
+
+def test_rubric_hash_is_of_what_each_judge_was_last_asked_with(tmp_path: Path) -> None:
+    folder = make_run(tmp_path, "8b_medical", samples=1)
+    empty = analyze.read_run(folder)["rubric_hash"]
+    assert set(empty) == {""}
+    for rubric in ("old", "new"):
+        for metric in ("aligned", "coherent"):
+            line = {
+                "key": "k",
+                "judge": "openai:gpt-4o-mini",
+                "metric": metric,
+                "raw": '{"judge": "x", "metric": "y"}',
+                "rubric_sha256": rubric,
+            }
+            files.append_jsonl(folder / "judgments.jsonl", line)
+    expected = files.sha256_text("aligned=new coherent=new")[:16]
+    assert set(analyze.rates(analyze.read_runs(tmp_path))["rubric_hash"]) == {expected}
 
 
 # ---------------------------------------------------------------- edges
