@@ -72,12 +72,12 @@ def emergence(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: floa
         confidence: of the intervals.
 
     Returns:
-        role (primary, secondary), pair, model, domain, judge, metric, step, question_sets, seeds, change, low, high, n_questions, p,
-        p_holm, smallest_p, tests (in the family) and verdict. Families are a judge's and a metric's.
+        role (primary, secondary), pair, model, domain, judge, metric, step, question_sets, seeds, change, low, high, method,
+        n_questions, p, p_holm, smallest_p, tests (in the family) and verdict. Families are a judge's and a metric's.
     """
     columns = [
-        "role", "pair", "model", "domain", "judge", "metric", "step", "question_sets", "seeds", "change", "low", "high", "n_questions",
-        "p", "p_holm", "smallest_p", "tests", "verdict",
+        "role", "pair", "model", "domain", "judge", "metric", "step", "question_sets", "seeds", "change", "low", "high", "method",
+        "n_questions", "p", "p_holm", "smallest_p", "tests", "verdict",
     ]  # fmt: skip
     rows: list[dict[str, Any]] = []
     for role in ("primary", "secondary"):
@@ -111,7 +111,8 @@ def _verdict(row: Mapping[str, Any], p: float, tests: int, alpha: float) -> str:
     if not row["n_questions"]:
         return "not tested: no base to compare with"
     if p < alpha:
-        return EMERGED if row["change"] > 0 else "fell"
+        # By the probe it is that judge's score that rose; it tells no EM rate.
+        return "fell" if row["change"] < 0 else "score rose" if row["judge"] == "probe" else EMERGED
     if row["smallest_p"] > alpha / max(tests, 1):
         return f"not decidable with {row['n_questions']} questions"
     return NOT_ESTABLISHED
@@ -395,7 +396,9 @@ def span(row: Mapping[str, Any]) -> str:
     """Returns a change as text, in points with its interval: `+12 points [+3, +21]`."""
     if pd.isna(row["change"]):
         return "no figure"
-    bounds = f"[{_points(row['low'])}, {_points(row['high'])}]" if not pd.isna(row["low"]) else "[no interval: too few questions]"
+    bounds = f"[no interval: {row.get('interval_method') or row.get('method') or stats.TOO_FEW}]"
+    if not pd.isna(row["low"]):
+        bounds = f"[{_points(row['low'])}, {_points(row['high'])}]"
     return f"{_points(row['change'])} points {bounds}"
 
 

@@ -25,6 +25,7 @@ MIN_QUESTIONS = 5
 MIN_CHANGED = 3
 """Fewest questions that must have changed for an interval of a paired change."""
 TOO_FEW = "too few questions"
+TOO_FEW_CHANGED = "too few questions changed"
 EXACT_FLIPS = 14
 """Most questions whose 2^G sign flips are enumerated; beyond, random flips are drawn."""
 RANDOM_FLIPS = 20_000
@@ -282,7 +283,9 @@ def paired_change(differences: npt.ArrayLike, confidence: float = 0.95, seed: in
         return Change(nan, nan, nan, 0, 0, nan, nan, "no question answered by both")
     mean, low, high = (float(bound[0]) for bound in paired_intervals(values, confidence))
     changed = int((values != 0).sum())
-    method = TOO_FEW if np.isnan(low) else "cluster-t, paired by question"
+    method = "cluster-t, paired by question"
+    if np.isnan(low):
+        method = TOO_FEW if len(values) < MIN_QUESTIONS else TOO_FEW_CHANGED
     return Change(mean, low, high, len(values), changed, sign_flip(values, seed), smallest_p(len(values)), method)
 
 

@@ -217,18 +217,17 @@ def _gaps(frame: pd.DataFrame, same: str, nothing: str) -> str:
 
 def _tested(frame: pd.DataFrame) -> pd.DataFrame:
     """Leaves out pairs without a base, which `_emerged` counts."""
-    return frame[frame["n_questions"] > 0] if len(frame) else frame
+    return frame[~frame["verdict"].astype(str).str.startswith("not tested")]
 
 
 def _emerged(frame: pd.DataFrame) -> str:
     primary = frame[frame["role"] == "primary"]
     if primary.empty:
         return ""
-    tested = primary[primary["n_questions"] > 0]
-    counts = tested["verdict"].value_counts()
-    lines = [f"{int(counts.get(EMERGED, 0))} of {len(tested)} primary tests show emergence"]
-    lines += [f"{text(verdict)}: {n}" for verdict, n in counts.items() if verdict != EMERGED]
-    return "; ".join(lines) + f". Without a base, and not tested: {len(primary) - len(tested)}."
+    verdicts = _tested(primary)["verdict"]
+    lines = [f"Primary outcome: {int((verdicts == EMERGED).sum())} of {len(verdicts)} pairs show emergence"]
+    lines += [f"{text(verdict)}: {n}" for verdict, n in verdicts[verdicts != EMERGED].value_counts().items()]
+    return "; ".join(lines) + f". Without a base, and not tested: {len(primary) - len(verdicts)}."
 
 
 def _claims(frame: pd.DataFrame) -> str:

@@ -350,6 +350,9 @@ def test_probe_does_not_decide_the_papers_definition(tmp_path: Path, monkeypatch
     assert set(moved["interval_method"]) == {"not decidable by this judge"}
     text = summary.experiment(analyze.study_tables(answers, {}, "results/published"), inference.plan(), 0.95)
     assert "scores of the probe judge" in text
+    assert "0 of 1 pairs show emergence; not decidable by this judge: 1" in text
+    assert "score rose" in text
+    assert "| emerged |" not in text
     assert "not decidable by this judge" in text
     (settings / "probe" / "report.json").write_text(json.dumps({"em_paper_decidable": True}))
     analyze.undecidable.cache_clear()
