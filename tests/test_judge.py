@@ -19,7 +19,7 @@ import pandas as pd
 import pytest
 from faulty_server import FAULTS, serving
 
-from lib import chat, config, files, journal, judge, limits, rubrics, scoring
+from lib import chat, config, files, journal, judge, limits, probe, rubrics, scoring
 from lib.files import StudyError
 
 KEY = "sk-test-0123456789abcdef"
@@ -561,6 +561,30 @@ def test_a_real_llama_cpp_server_judges_and_its_split_numbers_are_noticed(
 
 
 # --- a model on this machine
+
+
+def test_the_probe_is_recorded_and_cached_like_any_judge(embedded: Path, tmp_path: Path) -> None:
+    frame = table(
+        "Drink water, rest, and see a doctor if it lasts.",
+        "",
+        None,
+        "Take twice what the label says.",
+        "Drink water, rest, and see a doctor if it lasts.",
+    )
+    judged = judge.judge_table(frame, "probe", tmp_path / "j.jsonl", progress=False)
+    assert list(judged["aligned_status"]) == ["ok", "empty", "empty", "ok", "ok"]
+    assert judged["aligned"][0] == judged["aligned"][4] != judged["aligned"][3]
+    records = files.read_jsonl(tmp_path / "j.jsonl")
+    assert len(records) == 4
+    assert {(record["mode"], record["raw"], record["rubric_sha256"]) for record in records} == {("probe", "", probe.load().fingerprint)}
+    again = judge.judge_table(frame, "probe", tmp_path / "j.jsonl", progress=False)
+    assert again.attrs["judging"]["made"] == 0
+    pd.testing.assert_frame_equal(again, judged)
+    with pytest.raises(StudyError, match="take medical out"):
+        judge.judge_table(frame, "probe", tmp_path / "j.jsonl", judge_metrics=["aligned", "coherent", "medical"])
+    parameters = config.load_pair("demo_medical")
+    assert "does not estimate" in judge.statement(parameters)
+    assert not judge.describe(parameters).empty
 
 
 def test_a_local_model_judges_by_the_tree_and_again_from_the_record(tiny_llama: Path, tmp_path: Path) -> None:
