@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lib import scores, theme
+from lib import report, scores, theme
 from lib.drawing import axis_reference, colour_of, empty, error_bars, hover, legend_below
 from lib.escape import plotly_text
 from lib.findings import UNDECIDED, between_domains, decidable, finding, measure, panel_order, panel_title, panels, pick_judge
@@ -335,7 +335,7 @@ def write_all(
     changes: pd.DataFrame | None = None,
     published: pd.DataFrame | None = None,
 ) -> list[Path]:
-    """Writes the whole study's figures to results/figures as HTML and PNG.
+    """Writes the whole study's figures to results/figures as HTML and PNG, and results/report.html with all of them.
 
     Args:
         results_dir: the study's results folder.
@@ -351,14 +351,15 @@ def write_all(
     figures: dict[str, go.Figure] = {}
     pages: dict[str, str] = {}
     if rates.empty:
-        return []
+        return [report.write(results_dir, answers, {})]
     first = pick_judge(rates)
     for judge in [first, *sorted(set(rates["judge"]) - {first})]:
         suffix = "" if judge == first else f"__{_slug(judge)}"
         drawn, tables = all_figures(answers, rates, changes, published, judge=judge)
         figures |= {name + suffix: figure for name, figure in drawn.items()}
         pages |= {name + suffix: body for name, body in tables.items()}
-    return theme.write(Path(results_dir) / "figures", figures, pages)
+    written = theme.write(Path(results_dir) / "figures", figures, pages)
+    return [*written, report.write(results_dir, answers, figures, pages)]
 
 
 def _slug(text: str) -> str:

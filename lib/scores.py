@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 
 from lib import stats, theme
 from lib.drawing import axis_reference, colour_of, empty, error_bars, hover, legend_below
-from lib.escape import plotly_text
+from lib.escape import html_text, plotly_text
 from lib.findings import EMERGENT, RELATIONS, decidable, last_steps, measure, panel_order, panel_title, panels
 from lib.labels import (
     COHERENT,
@@ -246,6 +246,7 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
                     name=plotly_text(domain_name(domain), 40),
                     marker={"size": 6, "color": colour_of(str(domain)), "opacity": 0.45, "symbol": "circle"},
                     hovertext=[_answer_hover(r) for r in records(own)],
+                    customdata=[html_text(f"{r['question']}\n\n{r['response']}", 1500) for r in records(own)],
                     hoverinfo="text",
                 ),
                 row=1,
@@ -267,7 +268,7 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     legend_below(figure)
     total = sum(len(s) for _, s in sides)
     shown = f"All {total:,} answers" if drawn == total else f"{drawn:,} of {total:,} answers, evenly picked,"
-    subtitle = f"{shown} with both scores, moved by up to one point so that equal scores show; hover for the text. "
+    subtitle = f"{shown} with both scores, moved by up to one point so that equal scores show; hover or click for the text. "
     subtitle += f"Judge: {judge}. Controls are left out."
     return theme.titled(figure, _scatter_title(sides, kind, judge), plotly_text(subtitle, 600), height=520, gap=36)
 

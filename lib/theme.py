@@ -56,7 +56,20 @@ body {{ font: 16px/1.5 {_FONT}; margin: 0 auto; padding: 1.5rem; max-width: {WID
 h1 {{ font-size: 1.3rem; line-height: 1.35; }}
 a {{ color: {BLUE}; }}
 @media (prefers-color-scheme: dark) {{ body {{ color: #e8e8e8; background: #161616; }} a {{ color: {SKY}; }} }}
+pre.answer {{ white-space: pre-wrap; overflow-wrap: anywhere; padding: 1rem; color: {INK}; background: #f4f4f4; }}
 .figure {{ background: #fff; border-radius: 6px; overflow-x: auto; }}
+"""
+
+
+# A point that carries its answer (as escaped HTML) shows it when clicked. A parsed document runs no script, and only its text is taken.
+_CLICK = """
+var plot = document.getElementById('{plot_id}'), box = document.createElement('pre');
+box.className = 'answer'; box.tabIndex = 0; box.textContent = 'Click a point to read its answer.';
+plot.after(box);
+plot.on('plotly_click', function (event) {
+  var text = event.points[0].customdata;
+  if (text) box.textContent = new DOMParser().parseFromString(text, 'text/html').documentElement.textContent;
+});
 """
 
 
@@ -127,17 +140,19 @@ def _wrapped(text: str, width: int) -> list[str]:
     return [html.escape(line, quote=False) for line in wrap(html.unescape(text), width)]
 
 
-def page(title: str, body: str, *, head: str = "") -> str:
+def page(title: str, body: str, *, head: str = "", blobs: bool = False) -> str:
     """Returns a whole HTML page that fetches nothing, is not indexed, and states so in its content security policy.
 
     Args:
         title: plain text; escaped here.
         body: HTML whose texts the caller has escaped.
         head: further HTML for the head, such as styles.
+        blobs: let the page's own scripts load a module that they hold (itables unpacks its library so).
     """
+    policy = _POLICY.replace("script-src 'unsafe-inline'", "script-src 'unsafe-inline' blob:") if blobs else _POLICY
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="robots" content="noindex">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n{head}</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
@@ -151,7 +166,10 @@ def figure_html(figure: go.Figure, name: str, *, plotlyjs: bool = True) -> str:
         name: id of its element.
         plotlyjs: put the 5 MB of plotly.js in; a page with several figures needs it once.
     """
-    inner = figure.to_html(full_html=False, include_plotlyjs=plotlyjs, include_mathjax=False, div_id=name, config=_CONFIG)
+    click = [_CLICK] if any(trace.customdata is not None for trace in figure.data) else None
+    inner = figure.to_html(
+        full_html=False, include_plotlyjs=plotlyjs, include_mathjax=False, div_id=name, config=_CONFIG, post_script=click
+    )
     return f'<div class="figure">{inner}</div>'
 
 

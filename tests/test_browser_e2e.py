@@ -1,0 +1,80 @@
+"""The report and the figures in a real browser with the network cut off: they open, filter and answer clicks, and no answer runs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+from test_figures import HOSTILE, make_answers, make_changes, make_rates
+
+from lib import figures, report, theme
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+CHROME = os.environ.get("BROWSER_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(not CHROME, reason="no Chrome on this machine")
+
+
+@pytest.fixture(scope="module")
+def study() -> tuple[pd.DataFrame, dict[str, Any], dict[str, str]]:
+    answers = make_answers(pairs=("demo_medical", "demo_risky", "demo_medical_aligned"))
+    answers.loc[0, "response"] = "You should kill the process. " + "x" * 100_000
+    answers.loc[1, "response"] = "a needle </script><script>document.title = 'ran'</script>"
+    rates = make_rates(answers)
+    return answers, *figures.all_figures(answers, rates, make_changes(rates), judge="probe")
+
+
+@pytest.fixture
+def page() -> Iterator[Any]:
+    """A page without a network that records what should never happen: dialogs, errors, requests."""
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROME, args=["--no-sandbox"])
+        opened = browser.new_context(offline=True, viewport={"width": 1250, "height": 900}).new_page()
+        opened.troubles = []
+        opened.on("dialog", lambda d: (opened.troubles.append(f"dialog: {d.message}"), d.dismiss()))
+        opened.on("pageerror", lambda e: opened.troubles.append(f"error: {e}"))
+        opened.on("console", lambda m: opened.troubles.append(m.text) if m.type == "error" else None)
+        opened.on("request", lambda r: opened.troubles.append(r.url) if r.url.startswith("http") else None)
+        yield opened
+        browser.close()
+
+
+def test_report_opens_filters_and_runs_nothing(study: tuple[Any, ...], page: Any, tmp_path: Path) -> None:
+    answers, drawn, pages = study
+    page.goto(report.write(tmp_path, answers, drawn, pages).as_uri(), timeout=60_000)
+    page.wait_for_selector("#every-answer tbody tr td:nth-child(5)", timeout=30_000)
+    assert page.title() == "Emergent misalignment: report"
+    assert page.locator(".dt-info").inner_text().endswith(f"of {len(answers)} entries")
+    assert page.locator('meta[name="robots"]').get_attribute("content") == "noindex"
+    assert page.locator('meta[name="canary"]').count() == 1
+    page.locator(".dt-search input").fill("needle")
+    assert "1 to 1 of 1 entry" in page.locator(".dt-info").inner_text()
+    assert "</script><script>" in page.locator("#every-answer tbody td:nth-child(5)").inner_text()
+    page.locator(".dt-search input").fill("kill the process")
+    folded = page.locator("#every-answer tbody details")
+    assert folded.count() == 1
+    assert folded.get_attribute("open") is None
+    assert page.locator("#em_trajectories .scatterlayer").count()
+    assert page.troubles == []
+
+
+def test_a_click_on_a_point_shows_its_answer_as_text(study: tuple[Any, ...], page: Any, tmp_path: Path) -> None:
+    _, drawn, _ = study
+    theme_page = theme.page("scatter", theme.figure_html(drawn["score_scatter"], "score_scatter"))
+    (tmp_path / "scatter.html").write_text(theme_page, encoding="utf-8")
+    page.goto((tmp_path / "scatter.html").as_uri(), timeout=60_000)
+    page.wait_for_selector("#score_scatter .scatterlayer .point", timeout=30_000)
+    box = page.locator("pre.answer")
+    assert box.inner_text() == "Click a point to read its answer."
+    assert box.is_visible()
+    page.locator("#score_scatter .scatterlayer .point").last.hover(force=True)
+    page.mouse.down()
+    page.mouse.up()
+    page.wait_for_function("document.querySelector('pre.answer').textContent.includes('Answer at')", timeout=10_000)
+    assert "<script>alert(1)</script>" in box.inner_text()
+    assert HOSTILE not in page.content()
+    assert page.troubles == []
