@@ -117,7 +117,7 @@ def _judged(frame: pd.DataFrame, parameters: Parameters, log: Path, progress: bo
     pairs = list(zip(frame["question"].astype(str), answers, strict=True))
     told = [pair for pair in dict.fromkeys(pairs) if _has_text(pair[1])]
     calls = {(pair, metric): _call(judge, metric, *pair) for pair in told for metric in metrics}
-    again = [_call(judge, *(call.metric, call.question, call.answer), n) for n in range(1, judge.repeats) for call in calls.values()]
+    again = [_call(judge, c.metric, c.question, c.answer, n) for n in range(1, judge.repeats) for c in calls.values()]
 
     with journal.opened(log, judge.secret) as record:
         settled = set(scoring.FINAL) - set(parameters.judge_retry)
@@ -157,11 +157,12 @@ def statement(parameters: Parameters) -> str:
         from lib import probe
 
         return str(probe.report()["statement"])
-    how = {"text": f"its reply's text, at temperature {p.judge_temperature:g}", "logprobs": "log-probabilities of number tokens"}[
-        p.judge_mode
-    ]
     if p.judge.startswith("hf:"):
         how = "the exact probability of every reply"
+    elif p.judge_mode == "logprobs":
+        how = "the log-probabilities of number tokens"
+    else:
+        how = f"its reply's text, at temperature {p.judge_temperature:g}"
     return f"Judge: {p.judge}, scored by {how}; rubrics: {p.judge_rubrics}. Compare its rates only with rates by the same judge."
 
 
