@@ -511,9 +511,10 @@ def test_a_limit_without_a_price_is_refused(tmp_path: Path, prices: str) -> None
 @pytest.mark.parametrize("limit", [{"requests_per_minute": 600}, {"tokens_per_minute": 600 * 102}])
 def test_calls_keep_their_pace(tmp_path: Path, limit: dict[str, float]) -> None:
     with serving() as server:
+        start = time.monotonic()
         ask(table(*(f"answer {i}" for i in range(15))), tmp_path / "j.jsonl", server.url, **limit)
-    # Ten calls a second after a first second's worth: thirty take two seconds and no less, but for rounding of a call or two.
-    assert 1.7 <= server.times[-1] - server.times[0] <= 8
+    # Ten calls a second after a first second's worth: the last of thirty may go after 1.9 seconds; unbounded they take a fifth of one.
+    assert 1.8 <= server.times[-1] - start <= 20
 
 
 # --- log-probabilities
