@@ -92,7 +92,7 @@ def llama_server() -> Iterator[str]:
     params.n_ctx = 16384
     params.n_parallel = 8
     params.cpuparams.n_threads = os.cpu_count() or 2
-    params.hostname = "127.0.0.1"
+    params.hostnames = ["127.0.0.1"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         params.port = probe.getsockname()[1]
