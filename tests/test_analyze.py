@@ -100,7 +100,7 @@ def independent(path: Path) -> dict[str, tuple[int, int]]:
 
 @needs_shared
 def test_published_answers_count_as_they_do_by_hand(tmp_path: Path) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     expected = {}
     for path in sorted(JUDGED.glob("*.csv")):
         folder = analyze.import_judged(path, path.stem, "custom", step=1, results_dir=tmp_path)
@@ -119,7 +119,7 @@ def test_published_answers_count_as_they_do_by_hand(tmp_path: Path) -> None:
     one = table[table["pair"].str.startswith("course")]
     assert set(one["interval_method"]) == {"wilson"}
     assert one["n_questions"].eq(100).all()
-    assert time.monotonic() - began < 60
+    assert time.process_time() - began < 30
 
 
 @needs_shared
