@@ -35,10 +35,16 @@ _BROKEN = (StudyError, OSError, AttributeError, KeyError, TypeError, ValueError)
 
 
 def fingerprint(parameters: Parameters, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns what decides a run's adapters, as JSON values: the shaping parameters and the SHA-256 of the rows."""
+    """Returns what decides a run's adapters, as JSON values: shaping parameters, SHA-256 of the rows and of a given adapter."""
     text = "\n".join(json.dumps([row["prompt"], row["answer"], row.get("system")]) for row in rows)
     values = parameters.model_dump(mode="json")
-    return {"format": 1, "parameters": {name: values[name] for name in _SHAPING}, "rows_sha256": files.sha256_text(text)}
+    given = files.resolve(parameters.adapter) / adapters.WEIGHTS if parameters.adapter else None
+    return {
+        "format": 1,
+        "parameters": {name: values[name] for name in _SHAPING},
+        "rows_sha256": files.sha256_text(text),
+        "adapter_sha256": files.sha256(given) if given is not None and given.is_file() else None,
+    }
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -138,9 +144,10 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(target, ignore_errors=True)
         scratch.rename(target)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # so torch.save reports a full disk
+        # torch.save tells of a full disk by a RuntimeError of its zip writer.
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in ("inline_container", "PytorchStreamWriter")):
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or "the disk is full"
         mend = "free space or make the folder writable, then run again"
         raise StudyError(f"{shown(target)}: cannot be written ({reason}); {mend}.") from error
     finally:

@@ -225,7 +225,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
 def _arguments(job: Job, model: Any) -> TrainingArguments:
     p = job.parameters
     device, dtype = models.pick_device(p), model.dtype
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.run / ".state"),
         num_train_epochs=p.num_epochs,
         per_device_train_batch_size=p.batch_size,
@@ -251,3 +251,7 @@ def _arguments(job: Job, model: Any) -> TrainingArguments:
         report_to="none",
         log_level="error",
     )
+    # One process trains on one device: on a machine with several GPUs Trainer would otherwise wrap the model in DataParallel.
+    if arguments.device.type == "cuda":
+        arguments._n_gpu = 1
+    return arguments

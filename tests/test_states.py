@@ -85,14 +85,27 @@ def test_other_rows_or_parameters_start_afresh(trained: tuple[Parameters, Path],
     assert again["adapters"]["7"] != record["adapters"]["7"]
 
 
-def test_a_disk_that_is_full_is_told_and_leaves_nothing_half_written(tmp_path: Path) -> None:
-    target = tmp_path / "checkpoint-1"
+def write_until_full(target: Path, with_torch: bool) -> None:
+    """Writes more than a file may hold here, as a full disk would cut it off."""
+    import resource
 
-    def fill() -> None:
+    import torch
+
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, most))
+    try:
         with states.new_folder(target) as folder:
-            (folder / "a").write_text("a")
-            raise OSError(28, "No space left on device")
+            if with_torch:
+                torch.save(torch.zeros(100_000), folder / "optimizer.pt")
+            (folder / "a").write_bytes(b"a" * 200_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        signal.signal(signal.SIGXFSZ, ignored)
 
-    with pytest.raises(StudyError, match=r"checkpoint-1: cannot be written \(No space left on device\); free space"):
-        fill()
+
+@pytest.mark.parametrize("with_torch", [True, False])
+def test_a_full_disk_is_told_and_leaves_nothing_half_written(tmp_path: Path, with_torch: bool) -> None:
+    with pytest.raises(StudyError, match=r"checkpoint-1: cannot be written \(.*\); free space or make the folder writable"):
+        write_until_full(tmp_path / "checkpoint-1", with_torch)
     assert list(tmp_path.iterdir()) == []
