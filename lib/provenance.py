@@ -7,6 +7,7 @@ and wrote the files that are there now. The record of each stage lies in results
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import json
 import os
@@ -89,17 +90,26 @@ def code_hashes(notebook: Path, root: Path = files.ROOT) -> dict[str, str]:
     """
     cells = [c for c in read_notebook(notebook) if c["cell_type"] == "code" and "parameters" not in c.get("metadata", {}).get("tags", [])]
     sources = [cell["source"] for cell in cells]
-    hashes = {f"notebooks/{notebook.name}": files.sha256_text("\n".join(code for s in sources if (code := code_of(s))))}
-    waiting = {name for source in sources for name in _imported(source)}
+    looked = [_code(source) for source in sources]
+    hashes = {f"notebooks/{notebook.name}": files.sha256_text("".join(sha for sha, _ in looked if sha != _NO_CODE))}
+    waiting = {name for _, imported in looked for name in imported}
     while waiting:
         name = waiting.pop()
         path = root / "lib" / f"{name}.py"
         key = f"lib/{name}.py"
         if key not in hashes and path.is_file():
-            source = path.read_text(encoding="utf-8")
-            hashes[key] = files.sha256_text(code_of(source))
-            waiting |= _imported(source)
+            hashes[key], imported = _code(path.read_text(encoding="utf-8"))
+            waiting |= imported
     return dict(sorted(hashes.items()))
+
+
+_NO_CODE = files.sha256_text("")
+
+
+@functools.cache
+def _code(source: str) -> tuple[str, frozenset[str]]:
+    """Returns the SHA-256 of a source's code and the modules of lib that it imports; every stage of every run asks again."""
+    return files.sha256_text(code_of(source)), frozenset(_imported(source))
 
 
 def _imported(source: str) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 import shutil
 import sys
@@ -39,16 +40,16 @@ class Run:
     """One run of a pair: its parameters, and the folder of the notebooks that it executes."""
 
     parameters: Parameters
-    notebooks: Path = field(default_factory=lambda: NOTEBOOKS)
+    notebooks: Path = field(default=NOTEBOOKS)
     preset: str | None = None
     overrides: dict[str, Any] = field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The name of the run's folder."""
         return config.run_name(self.parameters)
 
-    @property
+    @functools.cached_property
     def folder(self) -> Path:
         """results/<run>/."""
         return config.run_dir(self.parameters)
@@ -91,7 +92,7 @@ def plan(
     preset: str | None = None,
     seeds: Sequence[int] | None = None,
     overrides: dict[str, Any] | None = None,
-    notebooks: Path | None = None,
+    notebooks: Path = NOTEBOOKS,
 ) -> list[Run]:
     """Expands pairs and seeds to runs and checks every one, before anything runs. Controls come before the pairs they serve.
 
@@ -100,7 +101,7 @@ def plan(
         preset: published settings laid over each pair.
         seeds: one run for each; None takes the pair's own.
         overrides: parameters laid over pair and preset.
-        notebooks: the folder of the notebooks; None takes notebooks/.
+        notebooks: the folder of the notebooks.
 
     Raises:
         StudyError: a pair, preset or parameter is wrong.
@@ -114,7 +115,7 @@ def plan(
         own = [base.seed] if preset or "seed" in overrides else config.pair_seeds(pair)
         for seed in seeds or own:
             with_seed = {**overrides, "seed": seed} if seed != base.seed else overrides
-            run = Run(config.load_pair(pair, preset=preset, overrides=with_seed), notebooks or NOTEBOOKS, preset, with_seed)
+            run = Run(config.load_pair(pair, preset=preset, overrides=with_seed), notebooks, preset, with_seed)
             runs[run.name] = run
     for run in runs.values():
         for stage in STAGES:
@@ -243,6 +244,7 @@ def execute(run: Run, stage: str) -> float:
         "pair": run.parameters.pair,
         "preset": run.preset,
         "overrides": run.overrides,
+        "notebooks": shown(run.notebooks),
         "parameters": _compared(values),
         "code": code,
         "inputs": _input_stamps(run, stage, None),

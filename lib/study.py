@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -50,8 +51,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong with a call."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="study", description="Emergent misalignment, step by step: train, ask, judge, analyse.")
+    parser = _Parser(prog="study", description="Emergent misalignment, step by step: train, ask, judge, analyse.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
     run = commands.add_parser(
@@ -74,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--no-preflight", dest="preflight", action="store_false", help="do not look for data, model, key, disk and memory first"
     )
+    run.add_argument("--notebooks", type=_folder, default="notebooks", metavar="DIR", help="folder of the notebooks (default notebooks)")
     run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     _results(run)
     run.set_defaults(command=_run)
@@ -125,13 +134,14 @@ def _folder(text: str) -> str:
 
 
 def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def _seeds(text: str) -> list[int]:
+    if not all(word.strip().isdecimal() for word in text.split(",")):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 0,1,2")
     return [int(word) for word in text.split(",")]
 
 
@@ -166,7 +176,8 @@ def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         overrides = _overrides(options)
-        runs = runner.plan(options.pairs, preset=options.preset, seeds=options.seeds, overrides=overrides)
+        notebooks = files.resolve(options.notebooks)
+        runs = runner.plan(options.pairs, preset=options.preset, seeds=options.seeds, overrides=overrides, notebooks=notebooks)
     except StudyError as error:
         raise _Usage(str(error)) from error
     if options.preflight and not options.worker:
@@ -207,16 +218,17 @@ def _preflight(runs: Sequence[Run], stages: Sequence[str]) -> None:
 def _side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> list[bool]:
     """Works on several runs at once, each in a process of its own. The analysis of a pair waits for its control's answers."""
     processes: list[subprocess.Popen[bytes]] = []
+    stopping = threading.Event()
     waiting: dict[str, Future[bool]] = {}
     by_folder = {run.folder: run.name for run in runs}
 
     def work(run: Run) -> bool:
         control = by_folder.get(runner.control_of(run) or Path())
         first = [stage for stage in options.stages if not (control and stage == "05_analyze")]
-        done = not first or _worker(run, first, options, processes)
+        done = not first or _worker(run, first, options, processes, stopping)
         if control and done and "05_analyze" in options.stages:
             waiting[control].result()
-            done = _worker(run, ["05_analyze"], options, processes)
+            done = _worker(run, ["05_analyze"], options, processes, stopping)
         return done
 
     # Controls come first in `runs` and the pool starts work in order, so a run that waits never keeps its control from starting.
@@ -226,6 +238,7 @@ def _side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> list[bool
                 waiting[run.name] = pool.submit(work, run)
             return [future.result() for future in waiting.values()]
         except KeyboardInterrupt:
+            stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 if process.poll() is None:
@@ -233,14 +246,29 @@ def _side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> list[bool
             raise
 
 
-def _worker(run: Run, stages: Sequence[str], options: argparse.Namespace, processes: list[subprocess.Popen[bytes]]) -> bool:
-    """Runs stages of one run in a process of its own; returns whether they are all done."""
+def _worker(
+    run: Run, stages: Sequence[str], options: argparse.Namespace, processes: list[subprocess.Popen[bytes]], stopping: threading.Event
+) -> bool:
+    """Runs stages of one run in a process of its own; returns whether they are all done. Starts none once `stopping` is set."""
     sets = {**run.overrides, "seed": run.parameters.seed}
-    command = [sys.executable, "-m", "lib.study", "run", run.parameters.pair, "--worker", "--stages", ",".join(stages)]
+    command = [
+        sys.executable,
+        "-m",
+        "lib.study",
+        "run",
+        run.parameters.pair,
+        "--worker",
+        "--stages",
+        ",".join(stages),
+        "--notebooks",
+        options.notebooks,
+    ]
     # JSON is YAML as well, so --set reads back exactly what is written here.
     command += [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     command += ["--preset", run.preset] if run.preset else []
     command += ["--force"] if options.force else []
+    if stopping.is_set():
+        return False
     process = subprocess.Popen(command, cwd=files.ROOT)
     processes.append(process)
     return process.wait() == 0
@@ -308,7 +336,7 @@ def _recorded(results: Path) -> dict[str, Run | str]:
         overrides = {**newest["overrides"], "results_dir": shown(results)}
         try:
             parameters = config.load_pair(newest["pair"], preset=newest["preset"], overrides=overrides)
-            runs[folder.name] = Run(parameters, preset=newest["preset"], overrides=overrides)
+            runs[folder.name] = Run(parameters, files.resolve(newest["notebooks"]), newest["preset"], overrides)
         except StudyError as error:
             runs[folder.name] = str(error)
     return runs

@@ -25,7 +25,7 @@ ROOT = files.ROOT
 SETUP = """
 import json
 from pathlib import Path
-folder = Path(results_dir) / "demo_medical"
+folder = Path(results_dir) / pair
 with open(folder / "calls.txt", "a") as stream:
     stream.write(STAGE + chr(10))
 """
@@ -265,11 +265,9 @@ def test_killed_run_shows_as_interrupted_and_goes_on(make: Any, notebooks: Path,
 def test_a_stopped_run_ends_its_kernel_and_says_how_to_go_on(notebooks: Path, tmp_path: Path) -> None:
     stage_notebook(notebooks, "01_data", "import time\n(folder / 'begun').write_text('')\ntime.sleep(600)")
     results = tmp_path / "results"
-    code = (
-        f"from pathlib import Path\nfrom lib import runner, study\nrunner.NOTEBOOKS = Path({str(notebooks)!r})\n"
-        f"raise SystemExit(study.main(['run', 'demo_medical', '--results', {str(results)!r}]))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = ["run", "demo_medical", "--results", str(results), "--notebooks", str(notebooks)]
+    command = [sys.executable, "-m", "lib.study", *words]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not (results / "demo_medical" / "begun").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -282,6 +280,20 @@ def test_a_stopped_run_ends_its_kernel_and_says_how_to_go_on(notebooks: Path, tm
     record = provenance.read_record(results / "demo_medical", "01_data")
     assert record is not None
     assert (record["status"], record["error"]) == ("failed", "it was interrupted")
+
+
+def test_side_by_side_runs_wait_for_their_controls_and_do_not_stop_each_other(notebooks: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    stage_notebook(notebooks, "02_train", 'assert pair != "demo_risky_aligned"')
+    stage_notebook(notebooks, "05_analyze", 'assert "aligned" in pair or (Path(results_dir) / f"{pair}_aligned" / "judged.csv").exists()')
+    words = ["run", "demo", "--jobs", "2", "--results", str(results), "--notebooks", str(notebooks)]
+    options = study._parser().parse_args(words)
+    runs = runner.plan(["demo"], overrides={"results_dir": str(results)}, notebooks=notebooks)
+    done = dict(zip([run.name for run in runs], study._side_by_side(runs, options), strict=True))
+    assert done == {"demo_medical": True, "demo_medical_aligned": True, "demo_risky": False, "demo_risky_aligned": False}
+    status = {run.name: [runner.state(run, stage).status for stage in STAGES] for run in runs}
+    assert status["demo_risky_aligned"] == ["done", "failed", "missing", "missing", "missing"]
+    assert status["demo_risky"] == ["done", "done", "done", "done", "failed"], "it did not stop, but its control has no answers"
 
 
 def test_scores_in_error_are_asked_for_again(make: Any, notebooks: Path) -> None:
@@ -366,13 +378,12 @@ def test_help_is_light() -> None:
     assert done.stdout.splitlines()[-1] == "[]"
 
 
-def test_status_table(make: Any, notebooks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_table(make: Any, notebooks: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make()
     stage_notebook(notebooks, "04_judge", 'raise ValueError("no")')
     runner.run_stages(run, STAGES)
     (run.folder / "diagnostics.csv").write_text("other")
     capsys.readouterr()
-    monkeypatch.setattr(runner, "NOTEBOOKS", notebooks)
     assert study.main(["status", "--results", run.parameters.results_dir]) == 0
     out = capsys.readouterr().out
     assert out.splitlines()[0].split() == list(STAGES)
