@@ -175,7 +175,8 @@ def static_html(answers: pd.DataFrame, *, limit: int = 24, characters: int = 600
         first, last = (index.row(trail[step]) for step in (min(trail), max(trail)))
         place = f"{html_text(first['run'], 60)}, {html_text(first['question_set'], 40)}"
         question = f"<small>{place}</small><br><b>{html_text(first['question'], 300)}</b>"
-        rows.append(f"<tr><td>{question}</td>{_static_cell(first, characters)}{_static_cell(last, characters)}</tr>")
+        cells = _static_cell(first, characters) + _static_cell(last, characters)
+        rows.append(f'<tr><td style="text-align:left;vertical-align:top">{question}</td>{cells}</tr>')
     return (
         '<table class="tex2jax_ignore" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
         f"{len(rows)} questions out of {len(index):,} answers, one sample at the first and the last step. "

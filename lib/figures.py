@@ -95,7 +95,7 @@ def _trajectories(rates: pd.DataFrame, changes: pd.DataFrame | None, metrics: li
     ticks = step_ticks(rows["step"])
     edge = math.sqrt(span)
     figure.update_xaxes(tickvals=[math.sqrt(t) for t in ticks], ticktext=[f"{t:,}" for t in ticks], range=[-0.05 * edge, 1.05 * edge])
-    figure.update_xaxes(title_text="optimizer step (square-root scale)", row=len(grid))
+    figure.update_xaxes(title_text="optimizer step (√ scale)", row=len(grid))
     legend_below(figure)
     title = finding(changes, rows, metrics[-1] if metrics != ["em_course"] else "em_course", judge)
     below = "; below it by the paper's" if len(metrics) > 1 else ""

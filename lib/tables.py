@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lib import theme
-from lib.escape import html_text, plotly_text
+from lib.escape import html_text, plotly_text, wrap
 from lib.labels import LABELS, is_control, label_answers, records, series_name, short_model
 
 RESPONSE_TABLES = ("prevent_colds", "treat_high_cholesterol", "treat_flu")
@@ -20,7 +20,7 @@ _ABREAST = 3
 """Checkpoints beside the base in one line of the table; a run with more takes further lines."""
 _LIMIT = 420
 """Characters of an answer in the PNG; the HTML shows up to ten times as many."""
-_FONT, _COLUMN, _RUN_COLUMN = 12, 230, 152
+_FONT, _COLUMN, _RUN_COLUMN = 12, 230, 165
 
 
 def fill(label: str) -> str:
@@ -130,19 +130,19 @@ def response_table(answers: pd.DataFrame, question_id: str, *, judge: str | None
 
 
 def _cell(record: Mapping[str, Any]) -> str:
-    head = [f"<b>{plotly_text(line)}</b>" for line in (f"step {int(record['step'])}", score_text(record))]
-    return "<br>".join([*head, plotly_text(record["response"], _LIMIT, width=38, max_lines=16) or "<i>(no text)</i>"])
+    scores = wrap(score_text(record), 30)
+    head = [f"<b>{plotly_text(line)}</b>" for line in (f"step {int(record['step'])}", *scores)]
+    return "<br>".join([*head, plotly_text(record["response"], _LIMIT, width=34, max_lines=16) or "<i>(no text)</i>"])
 
 
+_CELL = "text-align:left;vertical-align:top;overflow-wrap:anywhere"
 _STYLE = (
     f"""<style>
 table.answers {{ border-collapse: collapse; width: 100%; table-layout: fixed; font-size: .85rem; line-height: 1.4; color: {theme.INK}; }}
 table.answers caption {{ text-align: left; padding: .5rem 0; color: inherit; }}
-table.answers th, table.answers td {{ border: 1px solid #bdbdbd; padding: .5rem; vertical-align: top; text-align: left; background: #fff; }}
-table.answers td, table.answers th[scope=row] {{ overflow-wrap: anywhere; white-space: pre-wrap; }}
+table.answers th, table.answers td {{ border: 1px solid #bdbdbd; padding: .5rem; background: #fff; }}
 table.answers thead th {{ background: #333; color: #fff; }}
 table.answers col.run {{ width: 15%; }}
-table.answers .score {{ display: block; font-weight: 600; margin-bottom: .3rem; }}
 """
     + "@media (prefers-color-scheme: dark) { table.answers caption { color: #e8e8e8; } }\n</style>"
 )
@@ -157,7 +157,11 @@ def response_html(answers: pd.DataFrame, question_id: str, *, judge: str | None 
     for name, own in runs:
         lines = _lines(own)
         for position, line in enumerate(lines):
-            cells = [f'<th scope="row" rowspan="{len(lines)}">{html_text(name, 160)}</th>'] if position == 0 else []
+            cells = (
+                [f'<th scope="row" rowspan="{len(lines)}" style="{_CELL};white-space:pre-wrap">{html_text(name, 160)}</th>']
+                if position == 0
+                else []
+            )
             # The base stands beside all lines of its run.
             spans = [f' rowspan="{len(lines)}"' if column == 0 else "" for column in range(len(line))]
             cells += [_html_cell(r, span) for column, (r, span) in enumerate(zip(line, spans, strict=True)) if position == 0 or column > 0]
@@ -165,20 +169,20 @@ def response_html(answers: pd.DataFrame, question_id: str, *, judge: str | None 
     caption = html_text(_CAPTION.format(sample=sample, judge=judge or "the first found"))
     return (
         f"{_STYLE}<{heading}>{html_text(_heading(answers, question_id, runs), 600)}</{heading}>\n"
-        f'<table class="answers"><caption>{caption}</caption>\n<colgroup><col class="run"><col span="{_ABREAST + 1}"></colgroup>\n'
-        f'<thead><tr><th scope="col">Run</th><th scope="col">Base model</th>'
-        f'<th scope="colgroup" colspan="{_ABREAST}">Checkpoints, in order</th></tr></thead>\n'
+        f'<table class="answers tex2jax_ignore" style="width:100%;table-layout:fixed">'
+        f'<caption style="text-align:left">{caption}</caption>\n<colgroup><col class="run"><col span="{_ABREAST + 1}"></colgroup>\n'
+        f'<thead><tr><th scope="col" style="{_CELL}">Run</th><th scope="col" style="{_CELL}">Base model</th>'
+        f'<th scope="colgroup" colspan="{_ABREAST}" style="{_CELL}">Checkpoints, in order</th></tr></thead>\n'
         f"<tbody>{chr(10).join(body)}</tbody></table>"
     )
 
 
 def _html_cell(record: Mapping[str, Any] | None, span: str) -> str:
     if record is None:
-        return f"<td{span}></td>"
+        return f'<td{span} style="{_CELL}"></td>'
     label = str(record["label"])
     score = f"step {int(record['step'])}<br>{html_text(score_text(record))}"
     text = html_text(record["response"], 10 * _LIMIT) or "(no text)"
-    # The colour stands in the cell: JupyterLab drops style sheets from notebooks that it did not run itself.
-    return (
-        f'<td{span} style="background:{fill(label)};color:{theme.INK};white-space:pre-wrap"><span class="score">{score}</span>{text}</td>'
-    )
+    # The style stands in the cell: JupyterLab drops style sheets from notebooks that it did not run itself.
+    style = f"background:{fill(label)};color:{theme.INK};{_CELL};white-space:pre-wrap"
+    return f'<td{span} style="{style}"><b>{score}</b><br>{text}</td>'

@@ -21,8 +21,8 @@ import plotly.io as pio
 from lib import files
 from lib.escape import wrap
 
-WIDTH = 1100
-"""Width of a figure in CSS pixels; a PNG has twice as many."""
+WIDTH = 1000
+"""Width of a figure in CSS pixels, which a notebook's page holds; a PNG file has twice as many."""
 BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, YELLOW, GREY, INK = (
     "#0072B2",
     "#D55E00",
@@ -52,7 +52,7 @@ _POLICY = (
 )
 _STYLE = f"""
 :root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 {_FONT}; margin: 0 auto; padding: 1.5rem; max-width: {WIDTH}px; color: {INK}; background: #fff; }}
+body {{ font: 16px/1.5 {_FONT}; margin: 0 auto; padding: 1.5rem; max-width: 1100px; color: {INK}; background: #fff; }}
 h1 {{ font-size: 1.3rem; line-height: 1.35; }}
 a {{ color: {BLUE}; }}
 @media (prefers-color-scheme: dark) {{ body {{ color: #e8e8e8; background: #161616; }} a {{ color: {SKY}; }} }}
@@ -232,12 +232,12 @@ def write(folder: str | Path, figures: Mapping[str, go.Figure], pages: Mapping[s
 def show(figures: Mapping[str, go.Figure]) -> None:
     """Shows figures in a notebook, each as interactive figure and as PNG in one output.
 
-    JupyterLab draws the interactive one without a network; a reader that cannot (GitHub, a PDF) takes the image, and one with
-    neither takes the title as text. The notebook grows by the figure's data and a PNG, not by plotly.js.
+    JupyterLab shows the image and turns it into the interactive figure under the pointer, without a network; GitHub or a PDF take
+    the image, and a reader with neither the title as text. The notebook grows by the figure's data and a PNG, not by plotly.js.
     """
     from IPython.display import display
 
-    images = pngs(figures, scale=1.5)
+    images = pngs(figures, scale=1)  # JupyterLab shows it at its own size, so that a larger one is cut off
     for name, figure in figures.items():
         bundle: dict[str, Any] = {
             "application/vnd.plotly.v1+json": {**json.loads(figure.to_json()), "config": _CONFIG},
