@@ -202,14 +202,42 @@ def question_rates(answers: pd.DataFrame) -> pd.DataFrame:
     return counts[[*GROUP, "metric", "question_id", "n", "k"]].assign(rate=rate)
 
 
-def changes(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+def question_scores(answers: pd.DataFrame) -> pd.DataFrame:
+    """Returns each question's mean alignment score in the layout of `question_rates`: metric mean_aligned, rate a fraction of 100."""
+    values, status = score(answers, "aligned")
+    scored = answers.assign(value=np.where(status == "ok", values, np.nan) / 100)
+    found = scored.groupby([*GROUP, "question_id"], sort=False, dropna=False)["value"].agg(["mean", "count"]).reset_index()
+    return found.rename(columns={"mean": "rate", "count": "n"}).assign(metric="mean_aligned", k=np.nan)
+
+
+def score_changes(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+    """Compares the mean alignment score of each pair's last step with its base's and its control's, paired by question.
+
+    The score uses every answer's whole scale, so it tells a difference with fewer answers than a share below a threshold does.
+
+    Returns:
+        Columns `CHANGES` and against (base, or the control's name); change and its interval are fractions of 100 points.
+    """
+    table = question_scores(answers)
+    base = changes(answers, confidence, table).assign(against="base")
+    base = base[base["step"] == base.groupby(["pair", "seed"])["step"].transform("max")] if len(base) else base
+    control = against_control(answers, confidence=confidence, by_question=table).rename(columns={"control": "against"})
+    return pd.concat([frame for frame in (base, control) if len(frame)] or [base], ignore_index=True)[[*CHANGES, "against"]]
+
+
+def changes(answers: pd.DataFrame, confidence: float = 0.95, by_question: pd.DataFrame | None = None) -> pd.DataFrame:
     """Computes the change from the base model (step 0) to each step, paired by question.
+
+    Args:
+        answers: judged answers.
+        confidence: of the intervals.
+        by_question: in the layout of `question_rates`; None computes the rates.
 
     Returns:
         Columns `CHANGES`; change and its interval are fractions, p is the sign-flip test's, smallest_p the least it could be with so
         many questions. No rows for pairs without step 0.
     """
-    table = question_rates(answers)
+    table = question_rates(answers) if by_question is None else by_question
     base = table.loc[table["step"] == 0, [*_ARM, "question_id", "rate"]]
     if base.empty:
         return pd.DataFrame(columns=CHANGES)
@@ -217,13 +245,16 @@ def changes(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     return _paired(merged, base[_ARM], confidence)
 
 
-def against_control(answers: pd.DataFrame, pairs: Mapping[str, str] | None = None, confidence: float = 0.95) -> pd.DataFrame:
+def against_control(
+    answers: pd.DataFrame, pairs: Mapping[str, str] | None = None, confidence: float = 0.95, by_question: pd.DataFrame | None = None
+) -> pd.DataFrame:
     """Compares each pair's last step with its control's last step, paired by question; same seed where the control has it.
 
     Args:
         answers: judged answers of pairs and controls.
         pairs: control of each pair; None takes the column `control`.
         confidence: of the intervals.
+        by_question: in the layout of `question_rates`; None computes the rates.
 
     Returns:
         Columns `CHANGES` and control; empty where no control has answers.
@@ -231,7 +262,7 @@ def against_control(answers: pd.DataFrame, pairs: Mapping[str, str] | None = Non
     if pairs is None:
         named = answers[["pair", "control"]].dropna().drop_duplicates() if "control" in answers else answers.iloc[:0]
         pairs = {str(row["pair"]): str(row["control"]) for row in records(named)}
-    table = question_rates(answers)
+    table = question_rates(answers) if by_question is None else by_question
     last = table[(table["step"] == table.groupby(["pair", "seed"])["step"].transform("max")) & (table["step"] > 0)]
     paired = last.assign(control=last["pair"].map(pairs).astype(object))
     seeds = {control: sorted(group["seed"].unique()) for control, group in last.groupby("pair")}
@@ -372,7 +403,7 @@ def analyze_study(
         tables = study_tables(answers, details, published, confidence)
         files.write_csv(folder / "data" / "em_rates_summary.csv", tables["rates"])
         files.write_csv(folder / "data" / "em_rates_pooled.csv", tables["pooled"])
-        for name in ("changes", "control", "emergence", "onset", "falls", "domain_gaps", "size_gaps", "claims"):
+        for name in ("changes", "control", "score_changes", "emergence", "onset", "falls", "domain_gaps", "size_gaps", "claims"):
             files.write_csv(folder / "data" / f"{name}.csv", tables[name])
         files.write_text(folder / "EXPERIMENT_SUMMARY.md", summary.experiment(tables, inference.plan(), confidence))
         files.write_text(folder / "TRAINING_DETAILS.md", summary.training(details))
@@ -396,6 +427,7 @@ def study_tables(
         "rates": found,
         "changes": moved,
         "control": against_control(answers, confidence=confidence),
+        "score_changes": score_changes(answers, confidence),
         "scores": scores(answers, confidence),
         "statuses": status_table(answers),
         "pooled": inference.pooled(by_question, confidence),
@@ -415,12 +447,18 @@ def study_tables(
 
 
 def _details(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns training.json, dataset.json and diagnostics.csv of every run, by the run's name."""
-    details = {}
+    """Returns training.json, dataset.json and diagnostics.csv of every run, by the run's name.
+
+    Sampling parameters are those that generation.json says the answers were drawn with.
+    """
+    details: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*/judged.csv")):
         if path.parent.name not in NO_RUNS:
             told = {name: path.parent / f"{name}.json" for name in ("training", "dataset")}
             details[path.parent.name] = {name: files.read_json(file) if file.is_file() else {} for name, file in told.items()}
+            training, drawn = details[path.parent.name]["training"], path.parent / "generation.json"
+            if "parameters" in training and drawn.is_file():
+                training["parameters"] |= files.read_json(drawn).get("decided_by", {}).get("parameters", {})
             diagnostics = path.parent / "diagnostics.csv"
             details[path.parent.name]["diagnostics"] = files.read_csv(diagnostics) if diagnostics.is_file() else None
     return details

@@ -99,7 +99,7 @@ class Parameters(BaseModel):
     # 03_generate
     question_sets: list[str] = Field(default_factory=lambda: ["medical", "financial", "general", "open_ended"], min_length=1)
     num_questions: int | None = Field(None, ge=1, description="questions taken from each set; null takes all")
-    samples: int = Field(2, ge=1, description="answers to each question at each step")
+    samples: int = Field(4, ge=1, description="answers to each question at each step")
     steps: list[int] | Literal["all", "ends"] = Field("all", description="checkpoints that answer: all, ends (base and last), or a list")
     temperature: Number = Field(0.7, ge=0, le=2)
     top_p: Number = Field(0.95, gt=0, le=1)
@@ -244,6 +244,8 @@ _injected: set[str] | None = None
 def check(namespace: Mapping[str, Any]) -> Parameters:
     """Validates the parameters of a notebook: every name that its `parameters` cell or papermill put there.
 
+    Parameters that the notebook does not declare are taken from the pair's file.
+
     The first call in a kernel looks at every plain value in `namespace`, so a mistyped injected name is caught; a later call
     (a cell run again in JupyterLab) knows which names are parameters and leaves the notebook's own variables alone.
 
@@ -259,7 +261,12 @@ def check(namespace: Mapping[str, Any]) -> Parameters:
         plain = (str, int, float, bool, list, dict, tuple, type(None))
         _injected = {n for n, v in namespace.items() if not n.startswith("_") and n not in hidden and isinstance(v, plain)}
     values = {n: v for n, v in namespace.items() if n in _injected or (n in Parameters.model_fields and n not in hidden)}
-    return validate(values, "parameters of this notebook")
+    stated = validate(values, "parameters of this notebook")
+    if not (PARAMETERS / f"{stated.pair}.yaml").is_file():
+        return stated
+    # A notebook declares what it reads itself; the rest of its pair's parameters, which its files record, are those of the pair.
+    whole = pair_values(stated.pair, preset=stated.preset) | values
+    return validate(whole, "parameters of this notebook")
 
 
 def run_name(parameters: Parameters) -> str:

@@ -108,6 +108,7 @@ def test_check_catches_an_injected_name_and_leaves_later_variables_alone(monkeyp
     monkeypatch.setattr(config, "_injected", None)
     namespace = {"pair": "demo_medical", "num_epochs": 2, "config": config, "_private": 1}
     assert config.check(namespace).num_epochs == 2
+    assert config.check(namespace).control == "demo_medical_aligned", "what a notebook does not declare comes from the pair's file"
     assert config.check(namespace | {"rows": [1], "num_epochs": 3}).num_epochs == 3, "a cell run again sees new values"
 
 
