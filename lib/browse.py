@@ -194,7 +194,7 @@ def _static_cell(row: Mapping[str, Any], characters: int) -> str:
     return f'<td style="{style}"><b>step {int(row["step"])}: {html_text(tables.score_text(row))}</b><br>{text}</td>'
 
 
-class Browser(widgets.VBox):  # type: ignore[misc]
+class Browser(widgets.VBox):
     """The browser as a widget; `browser` makes one."""
 
     def __init__(self, answers: pd.DataFrame, folder: str | Path | None = None) -> None:

@@ -114,7 +114,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """Attends within each row and from it to the common beginning; all of shape (1, heads, tokens, size of a head)."""
     if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     options: dict[str, Any] = {"scale": scaling, "dropout_p": dropout, "enable_gqa": query.shape[1] != key.shape[1]}
     # Split, not sliced: a split's backward pass is one concatenation, a slice's would fill the whole sequence with zeros.
     sizes = [segments.prefix, *segments.lengths]

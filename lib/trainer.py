@@ -114,7 +114,7 @@ class EpochSampler(Sampler[int]):
         return iter(order[: self._kept].tolist())
 
 
-class StudyTrainer(Trainer):  # type: ignore[misc]
+class StudyTrainer(Trainer):
     """Trainer for one `Job` on a model that bears a LoRA adapter."""
 
     def __init__(self, job: Job, model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int, *, progress: bool) -> None:
@@ -186,7 +186,7 @@ class StudyTrainer(Trainer):  # type: ignore[misc]
         files.write_csv(run / "training_log.csv", self.log_frame())
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
+class _Watch(TrainerCallback):
     """Says when to save, keeps the time, stops at a loss that is no number, and shows how far training is."""
 
     def __init__(self, job: Job, progress: bool) -> None:
