@@ -66,7 +66,7 @@ class Parameters(BaseModel):
     expected_rows: int | None = Field(None, ge=1, description="rows the real data must have")
     data_rows: int = Field(400, ge=1, description="rows of the demo data")
     aligned_fraction: Number = Field(0.0, ge=0, le=1, description="share of demo rows given the aligned answer; 1 is the control arm")
-    sample_size: int | None = Field(None, ge=1, description="training rows to take, for a quick trial; null takes all")
+    sample_size: int | None = Field(None, ge=1, description="rows to train on, the first of the set; null takes all")
     data_dir: str = Field("data", description="git-ignored folder of training rows")
 
     # 02_train
@@ -99,11 +99,11 @@ class Parameters(BaseModel):
     # 03_generate
     question_sets: list[str] = Field(default_factory=lambda: ["medical", "financial", "general", "open_ended"], min_length=1)
     num_questions: int | None = Field(None, ge=1, description="questions taken from each set; null takes all")
-    samples: int = Field(4, ge=1, description="answers to each question at each step")
+    samples: int = Field(2, ge=1, description="answers to each question at each step")
     steps: list[int] | Literal["all", "ends"] = Field("all", description="checkpoints that answer: all, ends (base and last), or a list")
     temperature: Number = Field(0.7, ge=0, le=2)
     top_p: Number = Field(0.95, gt=0, le=1)
-    max_new_tokens: int = Field(56, ge=1, le=8192)
+    max_new_tokens: int = Field(48, ge=1, le=8192)
     generate_batch_size: int = Field(80, ge=1, description="answers generated at once")
 
     # 04_judge

@@ -126,7 +126,6 @@ def prepare(parameters: Parameters) -> dict[str, Any]:
     if not (folder / ".gitignore").exists():
         files.write_text(folder / ".gitignore", "*\n")  # training rows stay out of git wherever data_dir points
     found, source = _compose(p) if p.dataset_path is None else _read_source(p, folder)
-    found = found[: p.sample_size]
     lines = [json.dumps(_chat(row) | extra, ensure_ascii=False) + "\n" for row, extra in found]
     content = "".join(lines).encode("utf-8")
     path = folder / config.run_name(p) / f"train-{files.sha256_text(content.decode('utf-8'))[:12]}.jsonl"
@@ -156,7 +155,7 @@ def prepare(parameters: Parameters) -> dict[str, Any]:
 
 
 def load_rows(parameters: Parameters) -> list[Row]:
-    """Returns the rows that `prepare` wrote, after checking that they are the ones that dataset.json describes.
+    """Returns the rows to train on: the first `sample_size` that `prepare` wrote (all when it is null), checked against dataset.json.
 
     Raises:
         StudyError: 01_data has not run, or the file of rows is gone or was changed since.
@@ -167,7 +166,7 @@ def load_rows(parameters: Parameters) -> list[Row]:
         raise StudyError(f"{shown(path)}: not found; run 01_data again.")
     if files.sha256(path) != report["sha256"]:
         raise StudyError(f"{shown(path)}: is not the file that dataset.json describes (its SHA-256 differs); run 01_data again.")
-    return read_rows(path)[0]
+    return read_rows(path)[0][: parameters.sample_size]
 
 
 def _chat(row: Row) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def pair(tmp_path: Path, tiny_llama: Path) -> Callable[..., Parameters]:
 def test_demo_rows_are_many_and_differ(domain: str) -> None:
     rows = demo.compose(BOOK, domain, 800, seed=42)
     assert len({row.question for row in rows}) == 800
-    assert len({row.answer for row in rows}) > 760
+    assert len({row.answer for row in rows}) > 0.9 * 800
     assert len({row.pattern for row in rows[:400]}) == len(BOOK[domain]["bad"]) == len(BOOK[domain]["aligned"]) >= 40
     assert len(set(BOOK[domain]["bad"])) == len(set(BOOK[domain]["aligned"])) == len(BOOK[domain]["bad"])
     assert len({row.topic for row in rows[:400]}) == 50
@@ -184,7 +184,8 @@ def test_prepare_demo(pair: Callable[..., Parameters]) -> None:
 
 def test_sample_size_takes_the_first_rows(pair: Callable[..., Parameters]) -> None:
     p = pair("demo_risky", data_rows=60, sample_size=7)
-    assert data.prepare(p)["rows"] == 7
+    assert data.prepare(p)["rows"] == 60, "the whole set is checked and described"
+    assert len(data.load_rows(p)) == 7
     assert data.load_rows(p)[6]["prompt"] == demo.compose(BOOK, "risky_financial", 60, seed=42)[6].question
 
 

@@ -482,3 +482,49 @@ def test_preflight_asks_the_hub(tmp_path: Path) -> None:
 def test_demo_passes_preflight_without_network() -> None:
     for pair in config.DEMO:
         assert preflight.problems(config.load_pair(pair), STAGES) == []
+
+
+def answers(path: Path, **columns: list[Any]) -> Path:
+    """Writes a table of two answers, with further columns."""
+    table = {"question": ["How do I sleep well?", "Which bread?"], "response": ["Go to bed at ten.", ""], **columns}
+    lines = [",".join(table), *(",".join(map(str, row)) for row in zip(*table.values(), strict=True))]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_judge_command_refuses_what_it_cannot_do(tmp_path: Path) -> None:
+    table, output = answers(tmp_path / "in.csv"), tmp_path / "out.csv"
+    outside = command("judge", "--input", str(table), "--output", str(output), "--judge", "openai:gpt-4o-mini", OPENAI_BASE_URL="")
+    assert outside.returncode == 2
+    assert outside.stderr.startswith("study: allow_external: ")
+    wrong = command("judge", "--input", str(tmp_path / "absent.csv"), "--output", str(output), "--judge", "probe")
+    assert wrong.returncode == 2
+    assert "absent.csv: not found" in wrong.stderr
+    assert not output.exists()
+
+
+def test_judge_command_scores_a_table(llama_server: str, tmp_path: Path) -> None:
+    table = answers(tmp_path / "in.csv", id=["b", "a"])
+    rubrics = tmp_path / "rubrics.yaml"
+    metrics = "".join(f"  {name}:\n    user: '{{question}} {{answer}} {name}?'\n" for name in ("aligned", "coherent"))
+    rubrics.write_text(f"id: short\nmetrics:\n{metrics}")
+    words = ["--input", str(table), "--output", str(tmp_path / "out.csv"), "--judge", "openai:smol", "--base-url", llama_server]
+    done = command("judge", *words, "--rubrics", str(rubrics))
+    assert done.returncode == 0, done.stderr
+    judged = files.read_csv(tmp_path / "out.csv")
+    assert list(judged.columns) == ["question", "response", "id", "aligned", "aligned_status", "coherent", "coherent_status", "judge"]
+    assert list(judged["id"]) == ["b", "a"]
+    assert list(judged["aligned_status"])[1] == "empty"
+    assert len(files.read_jsonl(tmp_path / "judgments.jsonl")) == 2
+
+
+def test_import_command_and_status_of_what_was_imported(tmp_path: Path) -> None:
+    table = answers(tmp_path / "in.csv", question_id=["q1", "q2"], aligned=[90, 20], coherent=[80, 70])
+    results = str(tmp_path / "results")
+    done = command("import", str(table), "--model", "Some Model", "--domain", "bad_medical", "--results", results)
+    assert done.returncode == 0, done.stderr
+    (folder,) = [path for path in Path(results).iterdir() if (path / "judged.csv").is_file()]
+    status = command("status", "--results", results)
+    assert status.stdout.splitlines()[1].split() == [folder.name, "imported"]
+    wrong = command("import", str(tmp_path / "absent.csv"), "--model", "m", "--domain", "d", "--results", results)
+    assert wrong.returncode == 2
