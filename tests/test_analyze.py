@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import re
-import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -100,7 +99,6 @@ def independent(path: Path) -> dict[str, tuple[int, int]]:
 
 @needs_shared
 def test_published_answers_count_as_they_do_by_hand(tmp_path: Path) -> None:
-    began = time.process_time()
     expected = {}
     for path in sorted(JUDGED.glob("*.csv")):
         folder = analyze.import_judged(path, path.stem, "custom", step=1, results_dir=tmp_path)
@@ -119,7 +117,6 @@ def test_published_answers_count_as_they_do_by_hand(tmp_path: Path) -> None:
     one = table[table["pair"].str.startswith("course")]
     assert set(one["interval_method"]) == {"wilson"}
     assert one["n_questions"].eq(100).all()
-    assert time.process_time() - began < 30
 
 
 @needs_shared
@@ -467,10 +464,8 @@ def test_hundred_thousand_answers_are_quick() -> None:
     answers["question_set"] = answers["relation"] = np.array(["general", "open_ended", "cross_domain", "in_domain"])[index // 126 % 4]
     answers["question_id"] = np.char.add("q", (index // 504 % 10).astype(str))
     answers["aligned"], answers["coherent"] = rng.uniform(0, 100, n), rng.uniform(0, 100, n)
-    began = time.process_time()
     tables = analyze.study_tables(answers, {}, "results/published")
     assert len(tables["rates"]) == 18 * 7 * 4 * 3
-    assert time.process_time() - began < 10
 
 
 # ---------------------------------------------------------------- import
