@@ -47,6 +47,10 @@ check: $(SETUP)  ## ruff, mypy (strict on lib) and notebooks without outputs
 	@$(BIN)/mypy
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 
+bench: $(SETUP)  ## benchmarks: coverage of the intervals, the judge against a loop
+	@$(BIN)/python benchmarks/coverage.py
+	@$(BIN)/python benchmarks/judge_concurrency.py
+
 lab: $(SETUP)  ## JupyterLab on loopback, with its token
 	@$(BIN)/jupyter lab --ip=127.0.0.1 notebooks
 
