@@ -91,7 +91,8 @@ def llama_server() -> Iterator[str]:
     params.model.path = str(models.embedded_gguf())
     params.n_ctx = 16384
     params.n_parallel = 8
-    params.cpuparams.n_threads = os.cpu_count() or 2
+    # One thread: beside kernels on two cores, the server's threads would only wait for each other.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.hostnames = ["127.0.0.1"]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
