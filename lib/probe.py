@@ -200,7 +200,7 @@ class Probe:
 
     def score_states(self, states: Floats) -> pd.DataFrame:
         """Scores mean hidden states of shape [answers, layers, width]; see `score`."""
-        flat = states.reshape(len(states), -1).astype(np.float64)
+        flat = states.reshape(len(states), states.shape[1] * states.shape[2]).astype(np.float64)
         known = np.isfinite(flat).all(axis=1)
         columns = {}
         for metric in METRICS:
