@@ -14,14 +14,11 @@ import argparse
 import http.client
 import json
 import os
-import socket
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ os.environ["OPENAI_API_KEY"] = "benchmark-key"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import local_llama
 import pandas as pd
 from faulty_server import serving
 
@@ -102,25 +100,6 @@ def bare(frame: pd.DataFrame, url: str, concurrency: int) -> float:
     return time.perf_counter() - start
 
 
-@contextmanager
-def llama() -> Iterator[str]:
-    """Serves the embedded model by llama.cpp on loopback."""
-    import xllamacpp
-
-    from lib import models
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(models.embedded_gguf())
-    params.n_ctx, params.n_parallel, params.hostnames = 16384, 8, ["127.0.0.1"]
-    params.cpuparams.n_threads = os.cpu_count() or 2
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        params.port = free.getsockname()[1]
-    server = xllamacpp.Server(params)
-    yield f"{server.listening_address}/v1"
-    del server
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--answers", type=int, default=48, help="answers for the server that takes 0.5 s (two calls each)")
@@ -139,7 +118,7 @@ def main() -> None:
 
     if options.llama:
         frame = answers(options.llama)
-        with llama() as url:
+        with local_llama.serving(threads=os.cpu_count() or 2) as url:
             bare(frame, url, 8)  # the first reading fills the prefix cache for both
             runs = [(bare(frame, url, 8), through_judge(frame, url, 8)) for _ in range(3)]
         direct, ours = (statistics.median(times) for times in zip(*runs, strict=True))

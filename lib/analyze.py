@@ -21,13 +21,11 @@ from lib.config import Parameters
 from lib.files import shown
 from lib.imports import import_judged
 from lib.labels import records
-from lib.outcomes import COUNTS, GROUP, METRICS, UNSCORED, groups, question_counts, score
+from lib.outcomes import COUNTS, GROUP, METRICS, UNSCORED, groups, question_counts, question_scores, score
 from lib.published import compare, read_published
 
 __all__ = ["against_control", "analyze_run", "analyze_study", "changes", "import_judged", "rates", "read_runs", "scores", "step_summary"]
 
-NO_RUNS = {"data", "figures", "sample", "published", "benchmarks"}
-"""Folders under results/ that are no runs."""
 UNDECIDABLE = "not decidable by this judge"
 RATES = [
     "pair", "seed", "model", "domain", "step", "question_set", "relation", "metric", "judge", "n", "k", "rate", "low", "high",
@@ -49,14 +47,14 @@ def read_runs(results_dir: str | Path) -> pd.DataFrame:
     """Reads all judged answers under a results folder.
 
     Args:
-        results_dir: holds a folder for each run; folders without judged.csv, and those of `NO_RUNS`, are passed over.
+        results_dir: holds a folder for each run; folders without judged.csv, and those of `config.NO_RUNS`, are passed over.
 
     Returns:
         The rows of every judged.csv with pair, seed (0 where no training.json tells it and the folder's name does not), control
         (the pair's control arm, or None), relation and rubric_hash. Empty, with these columns, where there are no runs.
     """
     folder = files.resolve(results_dir)
-    tables = [read_run(path.parent) for path in sorted(folder.glob("*/judged.csv")) if path.parent.name not in NO_RUNS]
+    tables = [read_run(path.parent) for path in sorted(folder.glob("*/judged.csv")) if path.parent.name not in config.NO_RUNS]
     tables = [table for table in tables if not table.empty]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=_ANSWERS)
 
@@ -202,14 +200,6 @@ def question_rates(answers: pd.DataFrame) -> pd.DataFrame:
     return counts[[*GROUP, "metric", "question_id", "n", "k"]].assign(rate=rate)
 
 
-def question_scores(answers: pd.DataFrame) -> pd.DataFrame:
-    """Returns each question's mean alignment score in the layout of `question_rates`: metric mean_aligned, rate a fraction of 100."""
-    values, status = score(answers, "aligned")
-    scored = answers.assign(value=np.where(status == "ok", values, np.nan) / 100)
-    found = scored.groupby([*GROUP, "question_id"], sort=False, dropna=False)["value"].agg(["mean", "count"]).reset_index()
-    return found.rename(columns={"mean": "rate", "count": "n"}).assign(metric="mean_aligned", k=np.nan)
-
-
 def score_changes(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """Compares the mean alignment score of each pair's last step with its base's and its control's, paired by question.
 
@@ -218,7 +208,8 @@ def score_changes(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFra
     Returns:
         Columns `CHANGES` and against (base, or the control's name); change and its interval are fractions of 100 points.
     """
-    table = question_scores(answers)
+    means = question_scores(answers, "aligned")
+    table = means.assign(metric="mean_aligned", k=np.nan, rate=means["mean"] / 100)
     base = changes(answers, confidence, table).assign(against="base")
     base = base[base["step"] == base.groupby(["pair", "seed"])["step"].transform("max")] if len(base) else base
     control = against_control(answers, confidence=confidence, by_question=table).rename(columns={"control": "against"})
@@ -299,10 +290,8 @@ def scores(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     """
     rows = []
     for metric in ("aligned", "coherent"):
-        values, status = score(answers, metric)
-        scored = answers.assign(value=np.where(status == "ok", values, np.nan))
-        by_question = scored.groupby([*GROUP, "question_id"], sort=False, dropna=False)["value"].agg(["mean", "count"]).reset_index()
-        means, counts = by_question["mean"].to_numpy(), by_question["count"].to_numpy()
+        by_question = question_scores(answers, metric)
+        means, counts = by_question["mean"].to_numpy(), by_question["n"].to_numpy()
         for named, at in groups(by_question, GROUP):
             mean, low, high = stats.mean_interval(means[at], confidence)
             found = {"n": int(counts[at].sum()), "n_questions": int((counts[at] > 0).sum()), "mean": mean, "low": low, "high": high}
@@ -365,7 +354,7 @@ def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
     tables = {
         "answers": answers,
         "rates": found,
-        "changes": changes(answers, level),
+        "changes": changes(answers, level, by_question),
         "control": against_control(both, controls, level),
         "scores": scores(answers, level),
         "step_summary": step_summary(found),
@@ -417,7 +406,8 @@ def study_tables(
 ) -> dict[str, pd.DataFrame]:
     """Returns the whole study's tables by name, from answers and the runs' records; writes nothing."""
     declared = inference.plan()
-    found, moved, by_question = rates(answers, confidence), changes(answers, confidence), question_rates(answers)
+    found, by_question = rates(answers, confidence), question_rates(answers)
+    moved = changes(answers, confidence, by_question)
     controls = set(answers["control"].dropna())
     own = inference.trained(by_question, controls)
     training = {pair_and_seed(run)[0]: o["training"] for run, o in details.items()}
@@ -426,7 +416,7 @@ def study_tables(
         "answers": answers,
         "rates": found,
         "changes": moved,
-        "control": against_control(answers, confidence=confidence),
+        "control": against_control(answers, confidence=confidence, by_question=by_question),
         "score_changes": score_changes(answers, confidence),
         "scores": scores(answers, confidence),
         "statuses": status_table(answers),
@@ -453,7 +443,7 @@ def _details(folder: Path) -> dict[str, dict[str, Any]]:
     """
     details: dict[str, dict[str, Any]] = {}
     for path in sorted(folder.glob("*/judged.csv")):
-        if path.parent.name not in NO_RUNS:
+        if path.parent.name not in config.NO_RUNS:
             told = {name: path.parent / f"{name}.json" for name in ("training", "dataset")}
             details[path.parent.name] = {name: files.read_json(file) if file.is_file() else {} for name, file in told.items()}
             training, drawn = details[path.parent.name]["training"], path.parent / "generation.json"

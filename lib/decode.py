@@ -197,6 +197,7 @@ def _edge(probabilities: torch.Tensor, top_p: float, count: int = 512) -> torch.
     return edge
 
 
+@torch.inference_mode()
 def decode(
     model: PreTrainedModel,
     adapters: Adapters,
@@ -226,19 +227,6 @@ def decode(
     Raises:
         StudyError: the model's output is not finite.
     """
-    with torch.inference_mode():
-        return _decode(model, adapters, prompts, steps, uniforms, sampling, progress or (lambda _: None))
-
-
-def _decode(
-    model: PreTrainedModel,
-    adapters: Adapters,
-    prompts: Sequence[Sequence[int]],
-    steps: Sequence[int],
-    uniforms: np.ndarray,
-    sampling: Sampling,
-    progress: Callable[[int], object],
-) -> list[list[int]]:
     device, limit = model.device, sampling.max_new_tokens
     # MPS has no float64: the draw then happens on the CPU.
     draw_on = torch.device("cpu") if device.type == "mps" else device
@@ -265,7 +253,8 @@ def _decode(
         for row, token, stop in zip(rows, drawn, stopped, strict=True):
             if row in open_rows:
                 answers[row].append(token)
-                progress(limit - count if stop else 1)
+                if progress:
+                    progress(limit - count if stop else 1)
                 if stop:
                     open_rows.remove(row)
         if not open_rows or count == limit - 1:

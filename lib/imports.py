@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lib import files
+from lib import config, files
 from lib.files import StudyError, shown
 from lib.outcomes import CONTENT
 from lib.scoring import STATUSES
@@ -22,7 +22,6 @@ SCORED = ["aligned", "coherent", "aligned_status", "coherent_status", "judge", "
 LAYOUTS = """the study's own (question_id, response, aligned, coherent); response,question,question_id,aligned,coherent[,...]; \
 or id,question,response,aligned_score,coherent_score"""
 _RENAMED = {"aligned_score": "aligned", "coherent_score": "coherent"}
-_RESERVED = {"data", "figures", "sample", "published", "benchmarks"}
 
 
 def import_judged(
@@ -80,7 +79,7 @@ def pair_of(model: str, domain: str) -> str:
         if not part:
             raise StudyError(f"{option} {text!r}: must hold a letter or a digit; the folder in results is named by it.")
     name = "_".join(parts)[:120]
-    return f"{name}-import" if name in _RESERVED else name
+    return f"{name}-import" if name in config.NO_RUNS else name
 
 
 def _read(path: Path) -> pd.DataFrame:

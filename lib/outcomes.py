@@ -102,6 +102,22 @@ def groups(frame: pd.DataFrame, keys: Sequence[str]) -> Iterator[tuple[dict[str,
         yield dict(zip(keys, key, strict=True)), at
 
 
+def question_scores(answers: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Returns each question's mean score.
+
+    Args:
+        answers: judged answers, as for `question_counts`.
+        name: aligned or coherent.
+
+    Returns:
+        `GROUP`, question_id, mean (points out of 100; NaN without a scored answer) and n (scored answers).
+    """
+    values, status = score(answers, name)
+    scored = answers.assign(value=np.where(status == "ok", values, np.nan))
+    found = scored.groupby([*GROUP, "question_id"], sort=False, dropna=False)["value"].agg(["mean", "count"])
+    return found.rename(columns={"count": "n"}).reset_index()
+
+
 def question_counts(answers: pd.DataFrame) -> pd.DataFrame:
     """Counts outcomes by question.
 

