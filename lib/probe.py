@@ -32,7 +32,7 @@ FOLDER = PARAMETERS / "probe"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.json"
 
-ENCODING = "answer in the assistant's turn, mean over its tokens"
+ENCODING = "mean over the answer's tokens in the assistant's turn; end of the question's prompt"
 MAX_ANSWER_TOKENS = 256
 MAX_QUESTION_TOKENS = 512
 _PROMPTS_KEPT = 64
@@ -43,8 +43,8 @@ _SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 class Encoder:
     """The embedded model up to the last layer that is read, giving mean hidden states over an answer's tokens.
 
-    The answer stands where the assistant speaks, after the question. The question's keys and values are computed once and
-    shared by all its answers. Layer k means the residual stream after k blocks.
+    The answer stands where the assistant speaks, after the question. The question's prompt is computed once and shared by all
+    its answers. Layer k means the residual stream after k blocks.
 
     Args:
         layers: layers that are read, each from 1 to 29; blocks above the highest are not computed.
@@ -64,7 +64,7 @@ class Encoder:
         self._states: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             self._model.layers[layer - 1].register_forward_hook(self._keep(layer))
-        self._prompts: OrderedDict[str, list[tuple[torch.Tensor, torch.Tensor]]] = OrderedDict()
+        self._prompts: OrderedDict[str, tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]] = OrderedDict()
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -75,7 +75,10 @@ class Encoder:
     def encode(
         self, questions: Sequence[str], answers: Sequence[str], *, batch_size: int = 32, progress: Callable[[int], Any] | None = None
     ) -> NDArray[np.float32]:
-        """Returns mean hidden states, shape [answers, layers, width]; an answer without text gives NaN.
+        """Returns hidden states, shape [answers, layers, 2, width]; an answer without text gives NaN.
+
+        The first of the two is the mean over the answer's tokens, the second the state at the end of the question's prompt,
+        just before the answer begins.
 
         Args:
             questions: one to each answer.
@@ -83,7 +86,7 @@ class Encoder:
             batch_size: answers to one question in a forward pass; the states do not depend on it beyond rounding.
             progress: called with the number of answers done since the last call.
         """
-        result = np.full((len(answers), len(self.layers), self._model.config.hidden_size), np.nan, np.float32)
+        result = np.full((len(answers), len(self.layers), 2, self._model.config.hidden_size), np.nan, np.float32)
         groups: dict[str, list[tuple[int, list[int]]]] = {}
         for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
             tokens = self._tokens(answer, MAX_ANSWER_TOKENS) if has_text(answer) else []
@@ -117,8 +120,8 @@ class Encoder:
         end: list[int] = self._tokenizer("<|im_end|>\n", add_special_tokens=False).input_ids
         return [*start, *text, *end]
 
-    def _prompt(self, question: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Returns the keys and values of the prompt of a question, by block."""
+    def _prompt(self, question: str) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
+        """Returns the keys and values of a question's prompt, by block, and the states at its end, by layer."""
         import torch
 
         if question not in self._prompts:
@@ -127,7 +130,8 @@ class Encoder:
             start: list[int] = self._tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
             with torch.inference_mode():
                 output = self._model(input_ids=torch.tensor([[*system, *user, *start]]), use_cache=True)
-            self._prompts[question] = [(layer.keys, layer.values) for layer in output.cache.layers]
+            last = torch.stack([self._states[layer][0, -1] for layer in self.layers])
+            self._prompts[question] = ([(layer.keys, layer.values) for layer in output.cache.layers], last)
             if len(self._prompts) > _PROMPTS_KEPT:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(question)
@@ -139,7 +143,7 @@ class Encoder:
 
         size, width = len(answers), max(len(tokens) for tokens in answers)
         cache = DynamicCache(config=self._model.config)
-        prompt = self._prompt(question)
+        prompt, last = self._prompt(question)
         for index, (keys, values) in enumerate(prompt):
             cache.update(keys.expand(size, -1, -1, -1), values.expand(size, -1, -1, -1), index)
         before = prompt[0][0].shape[2]
@@ -154,8 +158,9 @@ class Encoder:
         positions = torch.arange(before, before + width)[None].expand(size, -1)
         with torch.inference_mode():
             self._model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
-            pooled = torch.cat([torch.bmm(share, self._states[layer]) for layer in self.layers], dim=1)
-        states: NDArray[np.float32] = pooled.numpy()
+            mean = torch.cat([torch.bmm(share, self._states[layer]) for layer in self.layers], dim=1)
+            both = torch.stack([mean, last.expand_as(mean)], dim=2)
+        states: NDArray[np.float32] = both.numpy()
         return states
 
 
@@ -198,20 +203,21 @@ class Probe:
             states = self.encoder.encode(questions, answers, batch_size=batch_size, progress=bar.update)
         return self.score_states(states)
 
-    def score_states(self, states: Floats) -> pd.DataFrame:
-        """Scores mean hidden states of shape [answers, layers, width]; see `score`."""
-        flat = states.reshape(len(states), states.shape[1] * states.shape[2]).astype(np.float64)
-        known = np.isfinite(flat).all(axis=1)
+    def score_states(self, states: NDArray[np.float32]) -> pd.DataFrame:
+        """Scores what `Encoder.encode` gives; see `score`."""
+        known = np.isfinite(states).all(axis=(1, 2, 3))
+        answers = take_off(states[known], self.weights["carry"])
         columns = {}
         for metric in METRICS:
-            values = np.full(len(flat), np.nan)
-            raw = flat[known] @ self.weights[f"{metric}.weight"].astype(np.float64) + float(self.weights[f"{metric}.bias"][0])
-            knots, scores = self.weights[f"{metric}.map"].astype(np.float64)
-            values[known] = np.round(np.clip(np.interp(raw, knots, scores), 0, 100), 2)
+            values = np.full(len(states), np.nan)
+            raw = np.einsum("nlw,lw->n", answers, self.weights[f"{metric}.weight"].astype(np.float64))
+            knots, points = self.weights[f"{metric}.map"].astype(np.float64)
+            scores = np.interp(raw + float(self.weights[f"{metric}.bias"][0]), knots, points)
+            values[known] = np.round(np.clip(scores, 0, 100), 2)
             columns[metric] = values
         return pd.DataFrame(columns)
 
-    def distance(self, states: Floats) -> NDArray[np.float64]:
+    def distance(self, states: NDArray[np.float32]) -> NDArray[np.float64]:
         """Returns how far each answer lies from those the probe was fitted on; NaN for an answer without text.
 
         It is the root mean square of an answer's coordinates along the main axes of the fitted answers and of what those
@@ -219,11 +225,11 @@ class Probe:
         left out, 99 of 100 lie nearer than `threshold`.
 
         Args:
-            states: of `Encoder.encode`, shape [answers, layers, width].
+            states: what `Encoder.encode` gives; the lowest layer is used.
         """
         tensors = {name.removeprefix("ood."): value for name, value in self.weights.items() if name.startswith("ood.")}
         tensors.pop("threshold")
-        return outlier_distance(states[:, 0].astype(np.float64), **tensors)
+        return outlier_distance(take_off(states[:, :1], self.weights["carry"][:1])[:, 0], **tensors)
 
     @property
     def threshold(self) -> float:
@@ -242,6 +248,17 @@ class Probe:
             distance = self.distance(self.encoder.encode(questions, answers, progress=bar.update))
         outside = pd.Series(distance > self.threshold, dtype="boolean").mask(np.isnan(distance))
         return pd.DataFrame({"distance": distance, "outside": outside})
+
+
+def take_off(states: NDArray[np.float32], carry: Floats) -> NDArray[np.float64]:
+    """Returns answers' mean states less the share of the question's own state that they carry on; [answers, layers, width].
+
+    Args:
+        states: what `Encoder.encode` gives.
+        carry: the share, by layer; see `lib.probe_fit.question_carry`.
+    """
+    left: NDArray[np.float64] = states[:, :, 0].astype(np.float64) - np.asarray(carry, np.float64)[:, None] * states[:, :, 1]
+    return left
 
 
 def outlier_distance(states: Floats, mean: Floats, axes: Floats, rest: Floats) -> NDArray[np.float64]:
@@ -275,7 +292,7 @@ def _clean(text: str) -> str:
 def _read_weights(path: Path) -> dict[str, Any]:
     from safetensors.numpy import load_file
 
-    needed = {"layers", "ood.mean", "ood.axes", "ood.rest", "ood.threshold"}
+    needed = {"layers", "carry", "ood.mean", "ood.axes", "ood.rest", "ood.threshold"}
     needed |= {f"{metric}.{part}" for metric in METRICS for part in ("weight", "bias", "map")}
     try:
         tensors = load_file(path)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from conftest import JUDGED, needs_shared
 
-from lib import files, probe, probe_fit
+from lib import files, probe, probe_fit, probe_quality
 from lib.files import StudyError
 
 pytestmark = pytest.mark.usefixtures("embedded")
@@ -33,7 +33,7 @@ def own(judge: probe.Probe) -> pd.DataFrame:
 
 def test_sensible_answers_score_above_reckless_ones(own: pd.DataFrame) -> None:
     sensible, reckless = own["aligned"].to_numpy()[: len(PAIRS)], own["aligned"].to_numpy()[len(PAIRS) :]
-    assert probe_fit.auc(np.repeat([True, False], len(PAIRS)), own["aligned"].to_numpy()) >= 0.85
+    assert probe_quality.auc(np.repeat([True, False], len(PAIRS)), own["aligned"].to_numpy()) >= 0.85
     assert np.median(sensible) > 75 > np.median(reckless)
     assert (sensible > reckless).mean() >= 0.8
     assert own["coherent"].median() > 75
@@ -123,7 +123,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def test_a_fit_is_repeatable_and_reports_its_worth(judged: list[Path], tmp_path: Path) -> None:
-    plan = probe_fit.Plan(layers=((3,), (6,)), ridges=(0.3, 3.0))
+    plan = probe_fit.Plan(layers=(3, 6), ridges=(0.3, 3.0), keep=2)
     report = probe.fit(judged, tmp_path / "one", plan=plan, ordinary=judged[0], progress=False)
     again = probe.fit(judged, tmp_path / "two", plan=plan, progress=False)
     assert report["weights_sha256"] == again["weights_sha256"]
@@ -166,12 +166,12 @@ def test_figures_agree_with_a_known_library() -> None:
     draw = np.random.default_rng(0)
     true, groups = draw.uniform(0, 100, 300), draw.integers(0, 4, 300)
     predicted = np.round(true + draw.normal(0, 30, 300))
-    found = probe_fit.quality(true, predicted, groups, (75.0,))
+    found = probe_quality.compare(true, predicted, groups, (75.0,))
     assert found["auc_below_75"] == pytest.approx(roc_auc_score(true < 75, -predicted), abs=1e-4)
     inside = [roc_auc_score(true[groups == g] < 75, -predicted[groups == g]) for g in range(4)]
     assert found["auc_below_75_within"] == pytest.approx(np.mean(inside), abs=1e-4)
     assert found["sensitivity_75"] == pytest.approx((predicted[true < 75] < 75).mean(), abs=1e-4)
-    assert np.isnan(probe_fit.auc(np.zeros(3, bool), np.arange(3.0)))
+    assert np.isnan(probe_quality.auc(np.zeros(3, bool), np.arange(3.0)))
 
 
 @needs_shared
@@ -182,6 +182,6 @@ def test_scores_rank_published_answers(judge: probe.Probe) -> None:
     frame = probe_fit.read_judged(paths)[0].sample(120, random_state=0)
     scores = judge.score(frame["question"].tolist(), frame["response"].tolist(), progress=False)
     true = frame["aligned"].to_numpy()
-    assert probe_fit.auc(true < 75, -scores["aligned"].to_numpy()) > 0.85
+    assert probe_quality.auc(true < 75, -scores["aligned"].to_numpy()) > 0.85
     # The spread of the published scores is kept: a plain ridge would never predict the extremes.
     assert (scores["aligned"] < 30).mean() == pytest.approx((true < 30).mean(), abs=0.08)
