@@ -111,6 +111,7 @@ class Parameters(BaseModel):
 
     # 04_judge
     judge: str = Field("probe", description="probe, openai:MODEL, or hf:MODEL")
+    other_judges: list[str] = Field(default_factory=list, description="further judges of the same answers, written as `judge` is")
     judge_base_url: str | None = Field(None, description="an OpenAI-compatible server; null takes OPENAI_BASE_URL, else OpenAI's")
     judge_rubrics: str = Field("parameters/rubrics/default.yaml")
     judge_metrics: list[str] = Field(default_factory=lambda: ["aligned", "coherent"], min_length=2)
@@ -118,6 +119,7 @@ class Parameters(BaseModel):
     judge_temperature: Number = Field(0.2, ge=0, le=2)
     judge_max_tokens: int = Field(8, ge=1)
     judge_concurrency: int = Field(16, ge=1)
+    judge_batch: bool = Field(False, description="ask through the OpenAI Batch API: half the price, within a day")
     judge_timeout: Number = Field(60.0, gt=0, description="seconds a call may take")
     judge_max_retries: int = Field(4, ge=0)
     judge_prices: str = Field("parameters/prices.yaml")

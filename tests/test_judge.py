@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -421,6 +422,15 @@ def test_five_kills_lose_only_calls_in_flight_and_no_recorded_call_is_made_again
     assert after.attrs["judging"]["made"] == 0
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own SIGINT handler: a process started in a shell's background inherits 'ignore' instead."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_keeps_what_is_done(tmp_path: Path) -> None:
     frame = table(*(f"answer {i}" for i in range(50)))
     with serving(delay=0.05) as server:
