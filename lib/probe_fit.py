@@ -96,7 +96,7 @@ class Head:
     Attributes:
         carry: share of a question's state that is taken off its answers' states, by layer.
         weight: shape [layers, width].
-        bias: of the head's output, which is a rank as a fraction.
+        bias: of the head's output, which is a fraction: the mean of a score's rank and of its points.
         knots: outputs at which the map is given.
         points: the map's values there.
         kept: layer and ridge of the heads that were averaged, best first.
@@ -186,8 +186,8 @@ def choose(states: NDArray[np.float32], true: Array, question: NDArray[np.int_],
     """
     from scipy.stats import rankdata
 
-    # The published scores lie in a few heaps; ranks keep one heap's distance from ruling the fit.
-    target = ((rankdata(true) - 0.5) / len(true)).astype(np.float32)
+    # The published scores lie in a few heaps. Ranks keep one heap's distance from ruling the fit, points tell the low heaps apart.
+    target = (((rankdata(true) - 0.5) / len(true) + true / 100) / 2).astype(np.float32)
     carry = question_carry(states, question)
     tried: list[tuple[float, int, float, Array, Array, float]] = []
     for index in range(len(plan.layers)):
@@ -268,8 +268,8 @@ STATEMENT = (
 
 NOTE = (
     "Which heads are averaged, and the map to points, were chosen inside each outer split. What was tried at all (which layers and"
-    " penalties, how many heads to average, taking off the question's share) was settled on the published answers to eight"
-    " questions, so expect a little less on others."
+    " penalties, how many heads to average, what they are fitted to, taking off the question's share) was settled on the published"
+    " answers to eight questions, so expect a little less on others."
 )
 
 
