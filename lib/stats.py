@@ -26,10 +26,12 @@ MIN_CHANGED = 3
 """Fewest questions that must have changed for an interval of a paired change."""
 TOO_FEW = "too few questions"
 TOO_FEW_CHANGED = "too few questions changed"
+ALL_ALIKE = "exact, all questions changed alike"
 EXACT_FLIPS = 14
 """Most questions whose 2^G sign flips are enumerated; beyond, random flips are drawn."""
 RANDOM_FLIPS = 20_000
 
+_ROUNDING = 1e-9
 _WILSON_REPAIRED = 50
 _WILSON_SLACK = 0.005
 
@@ -246,12 +248,15 @@ def paired_intervals(differences: npt.ArrayLike, confidence: float = 0.95) -> tu
     questions that changed, (Σ|d|)²/Σd², less one (questions − 1 when all changed alike): without both, coverage falls below 90%
     where few questions carry the change (benchmarks/coverage.py). arXiv:2411.00640 is the reference for pairing by question.
 
+    Where all G questions changed by the same amount c there is no spread to build on. By Clopper and Pearson at least p = (α/2)^(1/G) of
+    all questions change by c, and none can change by more than 1 either way: the mean lies in c·p ± (1−p), whatever the others do.
+
     Args:
         differences: difference of each question's rates, shape (studies, questions).
 
     Returns:
         Mean, low and high, each of shape (studies,); low and high are NaN below `MIN_QUESTIONS` questions, `MIN_CHANGED` changed
-        questions, or without any spread.
+        questions.
     """
     values = np.atleast_2d(np.asarray(differences, dtype=float))
     questions = values.shape[1]
@@ -263,8 +268,11 @@ def paired_intervals(differences: npt.ArrayLike, confidence: float = 0.95) -> tu
         carrying = np.abs(values).sum(axis=1) ** 2 / (values**2).sum(axis=1)
     freedom = np.clip(np.nan_to_num(carrying, nan=1.0) - 1, 1, max(questions - 1, 1))
     half = distributions.t.ppf(1 - (1 - confidence) / 2, freedom) * error
-    given = (questions >= MIN_QUESTIONS) & (changed >= MIN_CHANGED) & (error > 0)
-    low, high = np.clip(mean - half, -1, 1), np.clip(mean + half, -1, 1)
+    given = (questions >= MIN_QUESTIONS) & (changed >= MIN_CHANGED)
+    alike = np.ptp(values, axis=1) < _ROUNDING
+    least = ((1 - confidence) / 2) ** (1 / questions)
+    centre, half = np.where(alike, values[:, 0] * least, mean), np.where(alike, 1 - least, half)
+    low, high = np.clip(centre - half, -1, 1), np.clip(centre + half, -1, 1)
     return mean, np.where(given, low, np.nan), np.where(given, high, np.nan)
 
 
@@ -283,7 +291,7 @@ def paired_change(differences: npt.ArrayLike, confidence: float = 0.95, seed: in
         return Change(nan, nan, nan, 0, 0, nan, nan, "no question answered by both")
     mean, low, high = (float(bound[0]) for bound in paired_intervals(values, confidence))
     changed = int((values != 0).sum())
-    method = "cluster-t, paired by question"
+    method = "cluster-t, paired by question" if np.ptp(values) >= _ROUNDING else ALL_ALIKE
     if np.isnan(low):
         method = TOO_FEW if len(values) < MIN_QUESTIONS else TOO_FEW_CHANGED
     return Change(mean, low, high, len(values), changed, sign_flip(values, seed), smallest_p(len(values)), method)

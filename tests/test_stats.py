@@ -191,11 +191,28 @@ def test_questions_that_one_side_did_not_answer_are_left_out() -> None:
     assert stats.paired_change([math.nan]).method == "no question answered by both"
 
 
-@pytest.mark.parametrize("d", [[0.0] * 10, [1.0] * 10, [0.5, 0, 0, 0, 0, 0, 0, 0], [0.1, 0.2, 0.3]])
-def test_no_interval_without_spread_or_with_few_changes(d: list[float]) -> None:
+@pytest.mark.parametrize("d", [[0.0] * 10, [0.5, 0, 0, 0, 0, 0, 0, 0], [0.1, 0.2, 0.3]])
+def test_no_interval_with_few_changes(d: list[float]) -> None:
     found = stats.paired_change(d)
     assert found.method == (stats.TOO_FEW if len(d) < 5 else stats.TOO_FEW_CHANGED)
     assert math.isnan(found.low)
+
+
+def test_changes_that_are_all_alike_have_an_exact_interval() -> None:
+    found = stats.paired_change([1.0] * 10)
+    assert (found.method, found.high) == (stats.ALL_ALIKE, 1.0)
+    assert found.low == pytest.approx(2 * 0.025**0.1 - 1)
+    # 0.8 − 0.3 and 0.9 − 0.4 differ in their last bit; that is no spread.
+    assert stats.paired_change([0.8 - 0.3, 0.9 - 0.4] * 5).method == stats.ALL_ALIKE
+
+
+def test_the_exact_interval_covers_the_worst_population() -> None:
+    """Most questions change by 1 and the rest by −1: the rest are rarely seen, and move the mean the most."""
+    rng = np.random.default_rng(0)
+    for share in (0.6, 0.69, 0.8, 0.95):
+        d = np.where(rng.random((4000, 10)) < share, 1.0, -1.0)
+        _, low, high = stats.paired_intervals(d)
+        assert ((low <= 2 * share - 1) & (2 * share - 1 <= high)).mean() >= 0.93
 
 
 def test_sign_flip_is_exact() -> None:
