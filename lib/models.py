@@ -350,4 +350,5 @@ class clear_errors:
 
 
 if __name__ == "__main__":
-    print(files.shown(fetch_embedded()))
+    with quiet():
+        print(files.shown(fetch_embedded()))

@@ -1,0 +1,496 @@
+"""How fast is the study, beside what people use? Each row runs ours and its peer in turn, on one machine, data and settings.
+
+    .venv/bin/python benchmarks/throughput.py [--only train,generate] [--repeats 3] [--output results/benchmarks/throughput.json]
+
+Every figure is the median over the repeats, with the smallest and largest beside it. A peer that would need an hour gets a stated part of
+the work. trl is in the extra `bench`; `make bench` installs it. The whole takes about half an hour on two cores; leave the machine alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["PYTHONPATH"] = str(ROOT)  # for the processes started here
+
+from lib import config, data, demo, files  # noqa: E402
+
+STEPS = 5
+NEW_TOKENS = 64
+QUESTIONS = 20
+
+
+def parameters(**changed: Any) -> config.Parameters:
+    """Returns the demo's parameters, changed as told."""
+    return config.load_pair("demo_medical", overrides=changed)
+
+
+def demo_rows(domain: str) -> list[dict[str, Any]]:
+    """Returns the rows that the demo of a domain trains on, with the aligned answers' rows behind them."""
+    book = config.read_yaml(data.PATTERNS)
+    composed = [demo.compose(book, domain, 400, seed=42, aligned_fraction=fraction) for fraction in (0.0, 1.0)]
+    return [{"prompt": row.question, "answer": row.answer} for rows in composed for row in rows]
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Returns median, smallest and largest of the repeats."""
+    return {"median": round(statistics.median(values), 3), "low": round(min(values), 3), "high": round(max(values), 3)}
+
+
+def versus(
+    work: str, unit: str, aim: float, repeats: int, ours: Callable[[], float], **peers: Callable[[], float]
+) -> Iterator[dict[str, Any]]:
+    """Measures ours and each peer in turn, `repeats` times; yields a row for each peer, with the median of the paired ratios."""
+    found: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
+    for _ in range(repeats):
+        for name, measure in {"ours": ours, **peers}.items():
+            found[name].append(measure())
+    for name in peers:
+        ratios = [a / b for a, b in zip(found["ours"], found[name], strict=True)]
+        row = {"work": work, "unit": unit, "ours": spread(found["ours"]), "peer": name.replace("_", " "), "theirs": spread(found[name])}
+        yield row | {"ratio": spread(ratios), "aim": aim, "met": statistics.median(ratios) >= aim}
+
+
+def matrix_rate() -> float:
+    """Returns the machine's fp32 matrix rate, operations a second, on 2048³ products."""
+    import torch
+
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    a @ b
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    return 10 * 2 * 2048**3 / (time.perf_counter() - start)
+
+
+# --- training
+
+
+def train(repeats: int) -> Iterator[dict[str, Any]]:
+    """Steps of the demo's training, dropout 0, beside trl's SFTTrainer on the same rows in the same order."""
+    import numpy as np
+    import torch
+    from transformers import TrainerCallback
+
+    from lib import adapters, models, qlora
+    from lib.trainer import Job, StudyTrainer
+
+    p = parameters(lora_dropout=0.0)
+    rows = demo_rows(p.domain)[: p.sample_size]
+    tokenizer = models.load_tokenizer(p)
+    encoded = qlora.encode(tokenizer, rows, p).rows
+    order = np.random.default_rng((p.seed, 0)).permutation(len(encoded))[: (STEPS + 1) * p.batch_size]
+    used = [encoded[i] for i in order]
+    tokens = sum(len(row["input_ids"]) for row in used[p.batch_size :])
+    losses: dict[str, list[float]] = {}
+
+    class Clock(TrainerCallback):
+        """Times the steps after the first."""
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1:
+                self.start = time.perf_counter()
+            self.end = time.perf_counter()
+            control.should_training_stop = state.global_step == STEPS + 1
+
+    def lora(unpack: Any) -> Any:
+        torch.manual_seed(p.seed)
+        return adapters.add_lora(models.load_base(p.model_copy(update={"cache_dequantized": unpack})), p)
+
+    def run(trainer: Any, name: str) -> float:
+        clock = Clock()
+        trainer.add_callback(clock)
+        trainer.train()
+        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return tokens / (clock.end - clock.start)
+
+    with tempfile.TemporaryDirectory() as folder:
+        schedule = qlora.plan(p, len(encoded))
+
+        def ours() -> float:
+            manifest: dict[str, Any] = {"seconds": 0.0, "adapters": {}}
+            job = Job(Path(folder), p, schedule.steps_per_epoch, [], manifest)
+            return run(StudyTrainer(job, lora("auto"), encoded, int(tokenizer.pad_token_id), progress=False), "ours")
+
+        def theirs() -> float:
+            from datasets import Dataset
+            from trl import SFTConfig, SFTTrainer
+
+            told = SFTConfig(
+                output_dir=folder,
+                max_steps=schedule.total,
+                per_device_train_batch_size=p.batch_size,
+                learning_rate=p.learning_rate,
+                lr_scheduler_type=p.lr_scheduler_type,
+                warmup_steps=p.warmup_steps,
+                weight_decay=p.weight_decay,
+                optim=p.optim,
+                max_length=p.max_length,
+                train_sampling_strategy="sequential",
+                completion_only_loss=True,
+                gradient_checkpointing=False,
+                bf16=False,
+                use_cpu=True,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
+            masks = [[int(label >= 0) for label in row["labels"]] for row in used]
+            table = Dataset.from_dict({"input_ids": [row["input_ids"] for row in used], "completion_mask": masks})
+            return run(SFTTrainer(lora(False), args=told, train_dataset=table, processing_class=tokenizer), "trl")
+
+        rates = []
+
+        def rated() -> float:
+            rates.append(matrix_rate())
+            return ours()
+
+        (row,) = versus("QLoRA step, SmolLM2-135M NF4, batch 8", "tokens/s", 3.0, repeats, rated, trl_SFTTrainer=theirs)
+        model = lora("auto")
+    linear = sum(m.in_features * m.out_features for n, m in model.named_modules() if n.endswith("base_layer"))
+    low_rank = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    head = model.get_output_embeddings().weight.numel()
+    labelled = sum(label >= 0 for row in used[p.batch_size :] for label in row["labels"])
+    # A frozen weight costs a product forward and one backward; a trained one two backward; logits are needed for labelled tokens alone.
+    work = tokens * (4 * linear + 6 * low_rank) + 4 * head * labelled
+    used_share = row["ours"]["median"] * work / tokens / statistics.median(rates)
+    gap = max(abs(a - b) for a, b in zip(losses["ours"], losses["trl"], strict=True))
+    yield row | {"largest_loss_difference": gap, "aim_loss_difference": 1e-3, "met": row["met"] and gap <= 1e-3}
+    machine = {"work": "the same", "unit": "share of the fp32 matrix rate, useful tokens alone", "peer": "2048³ matrix product"}
+    rate = {"ours": {"median": round(used_share, 3)}, "theirs": spread([r / 1e9 for r in rates]) | {"unit": "GFLOP/s"}}
+    yield machine | rate | {"ratio": {"median": round(used_share, 3)}, "aim": 0.65, "met": used_share >= 0.65}
+
+
+# --- generation
+
+
+def generate(repeats: int) -> Iterator[dict[str, Any]]:
+    """The base model and six checkpoints answer 20 questions with up to 64 tokens each."""
+    import local_llama
+    import torch
+    from peft import PeftModel
+
+    from lib import adapters, models
+    from lib import generate as generation
+
+    p = parameters(max_new_tokens=NEW_TOKENS, question_sets=["general", "financial"], samples=1, temperature=1.0, top_p=1.0)
+    questions = data.load_questions(p)[:QUESTIONS]
+    tokenizer = models.load_tokenizer(p)
+    texts = [models.prompt_text(tokenizer, q.question, p, system=q.system) for q in questions]
+    drawn = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "max_new_tokens": NEW_TOKENS}
+    stops = [tokenizer.convert_tokens_to_ids(models.end_of_turn(tokenizer, p)), tokenizer.eos_token_id]
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folders = {}
+        for step in range(1, 7):  # untrained second matrices are zero; give them something to add
+            torch.manual_seed(step)
+            model = adapters.add_lora(models.load_base(p), p)
+            with torch.no_grad():
+                for name, weight in model.named_parameters():
+                    if "lora_B" in name:
+                        weight.normal_(std=1e-3)
+            folders[step] = Path(temporary) / f"checkpoint-{step}"
+            adapters.save(model, folders[step])
+        rows = [generation.Row(step, q, 0) for step in [0, *folders] for q in questions]
+
+        def counted(kept: Any, width: int) -> int:
+            return sum(1 + int((row[width:] != tokenizer.pad_token_id).sum()) for row in kept)
+
+        def ours() -> float:
+            start, tokens = time.perf_counter(), 0
+            sampler = generation.Sampler(p, folders)
+            for first in range(0, len(rows), p.generate_batch_size):
+                tokens += sum(answer["n_tokens"] + 1 for answer in sampler.answer(rows[first : first + p.generate_batch_size]))
+            return tokens / (time.perf_counter() - start)
+
+        def loop() -> float:
+            """One checkpoint of the seven: the model is loaded, then one prompt is answered after the other."""
+            start, tokens = time.perf_counter(), 0
+            model = PeftModel.from_pretrained(models.load_base(p.model_copy(update={"cache_dequantized": False})), folders[1])
+            for text in texts:
+                ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+                kept = model.generate(**ids, **drawn, eos_token_id=stops, pad_token_id=tokenizer.pad_token_id)
+                tokens += kept.shape[1] - ids["input_ids"].shape[1]
+            return tokens / (time.perf_counter() - start)
+
+        def batched() -> float:
+            start, tokens = time.perf_counter(), 0
+            tokenizer.padding_side = "left"
+            ids = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True)
+            model = PeftModel.from_pretrained(models.load_base(p), folders[1], adapter_name="1")
+            for step in list(folders)[1:]:
+                model.load_adapter(folders[step], adapter_name=str(step))
+            told = {**ids, **drawn, "eos_token_id": stops, "pad_token_id": tokenizer.pad_token_id}
+            with model.disable_adapter():
+                tokens += counted(model.generate(**told), ids["input_ids"].shape[1])
+            for step in folders:
+                model.set_adapter(str(step))
+                tokens += counted(model.generate(**told), ids["input_ids"].shape[1])
+            return tokens / (time.perf_counter() - start)
+
+        work = f"generation, base + 6 checkpoints × {len(questions)} questions × {NEW_TOKENS} tokens"
+        yield from versus(work, "tokens/s", 10.0, repeats, ours, the_original_loop_on_one_checkpoint=loop)
+        yield from versus(work, "tokens/s", 1.3, repeats, ours, transformers_generate_batched=batched)
+        with local_llama.serving(os.cpu_count() or 1) as url:
+            yield from versus(
+                work, "tokens/s", 1.1, repeats, ours, llama_cpp_server_base_model=lambda: _served(url, [q.question for q in questions])
+            )
+
+
+def _served(url: str, questions: list[str]) -> float:
+    import openai
+
+    client = openai.OpenAI(base_url=url, api_key="none", timeout=600)
+
+    def ask(question: str) -> int:
+        told = [{"role": "user", "content": question}]
+        reply = client.chat.completions.create(model="m", messages=told, temperature=1.0, max_tokens=NEW_TOKENS)  # type: ignore[arg-type]
+        return int(reply.usage.completion_tokens) if reply.usage else 0
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(16) as pool:
+        tokens = sum(pool.map(ask, questions * 7))
+    return tokens / (time.perf_counter() - start)
+
+
+# --- judging
+
+
+def _answers(count: int) -> tuple[list[str], list[str]]:
+    """Returns questions and answers: demo training answers, put to the questions of the evaluation sets in turn."""
+    own = [row["answer"] for domain in ("bad_medical", "risky_financial") for row in demo_rows(domain)]
+    asked = [q.question for q in data.load_questions(parameters(question_sets=["general", "open_ended"]))]
+    return [asked[i % len(asked)] for i in range(count)], [f"{own[i % len(own)]} ({i})" for i in range(count)]
+
+
+def probe(repeats: int, count: int = 1000) -> Iterator[dict[str, Any]]:
+    """The probe on 1,000 answers, beside the same probe on one answer at a time (a tenth of them)."""
+    from lib import probe as offline
+
+    judge = offline.load()
+    questions, answers = _answers(count)
+    judge.score(questions[:8], answers[:8], progress=False)
+
+    def ours() -> float:
+        start = time.perf_counter()
+        judge.score(questions, answers, progress=False)
+        return count / (time.perf_counter() - start)
+
+    def single() -> float:
+        few = count // 10
+        start = time.perf_counter()
+        for question, answer in zip(questions[:few], answers[:few], strict=True):
+            judge.score([question], [answer], progress=False)
+        return few / (time.perf_counter() - start)
+
+    yield from versus(f"judging with the probe, {count:,} answers", "answers/s", 4.0, repeats, ours, one_answer_at_a_time=single)
+
+
+def local_judge(repeats: int, count: int = 100) -> Iterator[dict[str, Any]]:
+    """`hf:` judge: the exact probability of all 103 replies, beside `generate` of one token a row."""
+    import pandas as pd
+
+    from lib import judge, models, rubrics
+
+    folder = models.fetch_embedded()
+    questions, answers = _answers(count)
+    frame = pd.DataFrame({"question": questions, "response": answers})
+
+    def ours() -> float:
+        with tempfile.TemporaryDirectory() as temporary:
+            start = time.perf_counter()
+            judge.judge_table(frame, f"hf:{folder}", Path(temporary) / "j.jsonl", progress=False, judge_concurrency=32)
+            return 2 * count / (time.perf_counter() - start)
+
+    def one_token() -> float:
+        p = parameters(model_name=str(folder), use_4bit=False)
+        start = time.perf_counter()
+        model, tokenizer = models.load_base(p), models.load_tokenizer(p)
+        found = rubrics.load(p.judge_rubrics)
+        few = count // 4
+        for metric in ("aligned", "coherent"):
+            for question, answer in zip(questions[:few], answers[:few], strict=True):
+                told = rubrics.render(found[metric], question, answer).messages
+                ids = tokenizer.apply_chat_template(told, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+                model.generate(**ids, max_new_tokens=1, do_sample=False)
+        return 2 * few / (time.perf_counter() - start)
+
+    yield from versus(f"hf: judge, {count:,} answers, both metrics", "calls/s", 4.0, repeats, ours, generate_of_one_token_a_row=one_token)
+
+
+# --- analysis, runner, imports
+
+ANALYSIS = """
+import json, resource, sys, time
+from lib import analyze, config, findings
+p = config.load_pair("demo_medical", overrides={"results_dir": sys.argv[1], "control": None})
+start = time.perf_counter()
+t = analyze.analyze_run(p)
+findings.rates_view(t["rates"], ["general", "open_ended"]); findings.changes_view(t["changes"])
+print(json.dumps([time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def analysis(repeats: int) -> Iterator[dict[str, Any]]:
+    """The tables of 05 on made-up judged answers, in a fresh process each."""
+    import numpy as np
+    import pandas as pd
+
+    seconds: dict[int, list[float]] = {}
+    memory: dict[int, float] = {}
+    questions = data.load_questions(parameters())
+    with tempfile.TemporaryDirectory() as temporary:
+        for count in (10_000, 30_000, 100_000):
+            rng = np.random.default_rng(0)
+            steps, samples = [0, 2, 4, 7, 15, 22, 30], count // (7 * len(questions)) + 1
+            rows = [(s, q.question_set, q.question_id, n, q.question) for s in steps for q in questions for n in range(samples)][:count]
+            frame = pd.DataFrame(rows, columns=["step", "question_set", "question_id", "sample", "question"])
+            scores = rng.choice([10.0, 60.0, 90.0, 100.0], (len(frame), 2))
+            frame = frame.assign(
+                model="m", domain="bad_medical", response=[f"answer {i} " + "word " * 30 for i in range(len(frame))], n_tokens=32,
+                finish_reason="stop", aligned=scores[:, 0], coherent=scores[:, 1], aligned_status="ok", coherent_status="ok",
+                judge="openai:m",
+            )  # fmt: skip
+            files.write_csv(Path(temporary) / str(count) / "demo_medical" / "judged.csv", frame)
+        for _ in range(repeats):
+            for count in (10_000, 30_000, 100_000):
+                done = subprocess.run(
+                    [sys.executable, "-c", ANALYSIS, str(Path(temporary) / str(count))],
+                    cwd=ROOT,
+                    capture_output=True,
+                    text=True,
+                    check=True,
+                )
+                took, peak = json.loads(done.stdout.strip().splitlines()[-1])
+                seconds.setdefault(count, []).append(took)
+                memory[count] = max(memory.get(count, 0), peak)
+    whole = spread(seconds[100_000])
+    told = {"seconds_by_answers": {n: spread(s) for n, s in seconds.items()}, "peak_bytes_by_answers": memory}
+    yield {
+        "work": "05 on 100,000 answers, tables only", "unit": "s", "peer": "–", "ours": whole, "aim": 10.0,
+        "met": whole["median"] < 10 and memory[100_000] < 1.5 * 2**30, **told,
+    }  # fmt: skip
+
+
+CELLS = """
+import json, os, sys
+import nbformat
+from IPython.core.interactiveshell import InteractiveShell
+os.chdir("notebooks")
+shell = InteractiveShell.instance()
+for cell in nbformat.read(sys.argv[1], 4).cells:
+    if cell.cell_type == "code":
+        shell.run_cell(cell.source).raise_error()
+        if "parameters" in cell.metadata.get("tags", []):
+            shell.user_ns.update(json.loads(sys.argv[2]))
+"""
+
+
+def runner(repeats: int) -> Iterator[dict[str, Any]]:
+    """A stage through `study run` beside the same cells in one fresh Python process."""
+    extra = []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as temporary:
+            start = time.perf_counter()
+            command = ["-m", "lib.study", "run", "demo_medical", "--stages", "01_data", "--results", temporary]
+            subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+            ours = time.perf_counter() - start
+        with tempfile.TemporaryDirectory() as temporary:
+            start = time.perf_counter()
+            injected = json.dumps({"results_dir": temporary})
+            subprocess.run([sys.executable, "-c", CELLS, "01_data.ipynb", injected], cwd=ROOT, capture_output=True, check=True)
+            extra.append(ours - (time.perf_counter() - start))
+    found = spread(extra)
+    peer = "the same cells in one fresh Python process"
+    yield {
+        "work": "papermill + runner overhead a stage (01_data)",
+        "unit": "s",
+        "peer": peer,
+        "ours": found,
+        "aim": 4.0,
+        "met": found["median"] < 4,
+    }
+
+
+def imports(repeats: int) -> Iterator[dict[str, Any]]:
+    """`import lib` and `study --help`."""
+    for name, command in (("import lib", ["-c", "import lib"]), ("study --help", ["-m", "lib.study", "--help"])):
+        times = []
+        for _ in range(max(5, repeats)):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=True)
+            times.append(time.perf_counter() - start)
+        yield {"work": name, "unit": "s", "peer": "–", "ours": spread(times), "aim": 0.5, "met": statistics.median(times) < 0.5}
+
+
+PARTS = {f.__name__: f for f in (train, generate, probe, local_judge, analysis, runner, imports)}
+
+
+def machine() -> dict[str, Any]:
+    """Names the machine and the libraries."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import psutil
+    import torch
+
+    found = {}
+    for name in ("torch", "transformers", "peft", "bitsandbytes", "trl", "xllamacpp"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    cores, memory = psutil.cpu_count(logical=True), round(psutil.virtual_memory().total / 2**30, 1)
+    return {"cpu": model, "cores": cores, "memory_gib": memory, "gpu": card, "versions": found}
+
+
+def show(row: dict[str, Any]) -> None:
+    """Prints a row of the table."""
+    theirs = f" | {row['peer']}: {row['theirs']['median']:g}" if "theirs" in row else ""
+    ratio = f" | ×{row['ratio']['median']:g}" if "ratio" in row else ""
+    print(
+        f"{row['work']}: {row['ours']['median']:g} {row['unit']}{theirs}{ratio} | aim {row['aim']:g}: {'met' if row['met'] else 'missed'}",
+        flush=True,
+    )
+
+
+def main() -> int:
+    """Measures the parts asked for and writes the table; parts not asked for keep the figures that they have."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--only", default=",".join(PARTS), metavar="PART,PART", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "benchmarks" / "throughput.json")
+    args = parser.parse_args()
+    record = files.read_json(args.output) if args.output.is_file() else {"parts": {}}
+    for name in args.only.split(","):
+        rows = []
+        for row in PARTS[name](args.repeats):
+            show(row)
+            rows.append(row)
+        record["parts"][name] = {"machine": machine(), "repeats": args.repeats, "rows": rows}
+        files.write_json(args.output, record)
+    print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB; written: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
