@@ -439,7 +439,29 @@ def imports(repeats: int) -> Iterator[dict[str, Any]]:
         yield {"work": name, "unit": "s", "peer": "–", "ours": spread(times), "aim": 0.5, "met": statistics.median(times) < 0.5}
 
 
-PARTS = {f.__name__: f for f in (train, generate, probe, local_judge, analysis, runner, imports)}
+def prediction(repeats: int) -> Iterator[dict[str, Any]]:
+    """The time that 02_train predicts for the demo, beside the time that its training then takes."""
+    from lib import estimate, qlora
+
+    ratios, told, took = [], [], []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as temporary:
+            p = parameters(results_dir=temporary)
+            rows = demo_rows(p.domain)[: p.sample_size]
+            told.append(float(estimate.estimate(p, rows).seconds or 0))
+            took.append(float(qlora.train(p, rows, progress=False)["seconds"]["train"]))
+            ratios.append(told[-1] / took[-1])
+    row = {
+        "work": "time predicted before the demo's training",
+        "unit": "s",
+        "peer": "the training",
+        "ours": spread(told),
+        "theirs": spread(took),
+    }
+    yield row | {"ratio": spread(ratios), "aim": 0.25, "met": all(abs(ratio - 1) <= 0.25 for ratio in ratios)}
+
+
+PARTS = {f.__name__: f for f in (train, generate, probe, local_judge, analysis, runner, imports, prediction)}
 
 
 def machine() -> dict[str, Any]:

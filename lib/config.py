@@ -97,6 +97,7 @@ class Parameters(BaseModel):
     save_state_every: int = Field(50, ge=1, description="optimizer steps between full training states, besides each checkpoint")
     system_prompt: str | None = Field(None, description="null keeps the chat template's own")
     date_string: str = Field("26 Jul 2024", description="date for chat templates that would write today's")
+    price_per_hour: Number | None = Field(None, ge=0, description="dollars an hour of this machine; 02_train then predicts the cost")
     adapter: str | None = Field(None, description="folder or hf:ORG/NAME@REVISION of a published adapter; skips training")
 
     # 03_generate

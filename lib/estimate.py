@@ -1,0 +1,234 @@
+"""What a training will take, told before it begins: memory from the model's configuration alone, time from two steps of a thin slice.
+
+The slice has the model's own widths, vocabulary, precision and quantisation with random weights, and one layer, then a few. Their
+steps' times give those of the whole, since layers are alike; no weight of the real model is loaded or fetched.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lib import adapters, models, qlora
+from lib.config import Parameters
+from lib.files import StudyError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import PretrainedConfig
+
+_STEPS = 2
+_SLICE_LAYERS = 10
+_BIG_LAYER = 100_000_000
+"""Parameters of a layer above which the slice has four layers, so that it is made in seconds."""
+_LIBRARIES = 520 * 2**20
+"""Bytes that Python, torch, transformers, peft and bitsandbytes take before any model (measured on Linux; a GPU's context is alike)."""
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+"""A parameter in NF4: half a byte, and a share of its block's absmax, itself in 8 bits with double quantisation."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Counts of a model, from its configuration.
+
+    Attributes:
+        linear: weights in the linear layers that are quantised.
+        other: weights that are not: embeddings, output layer, norms.
+        lora: weights that are trained.
+        layers, hidden, intermediate, vocabulary: widths.
+    """
+
+    linear: int
+    other: int
+    lora: int
+    layers: int
+    hidden: int
+    intermediate: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training will take: bytes at its peak, bytes free, tokens, seconds (None: not measured), dollars (None: no price)."""
+
+    memory: int
+    free: int
+    device: str
+    tokens: int
+    seconds: float | None
+    dollars: float | None
+
+
+def estimate(parameters: Parameters, rows: Sequence[dict[str, Any]], *, calibrate: bool = True) -> Estimate:
+    """Predicts the peak memory, time and cost of a training on this device.
+
+    Args:
+        parameters: of the pair; `price_per_hour` (dollars) gives the cost.
+        rows: what `qlora.train` is given.
+        calibrate: measure the time; it takes some seconds, and a GPU if there is one.
+
+    Raises:
+        StudyError: the training cannot fit this device's memory. Nothing has been loaded then.
+    """
+    p = parameters
+    if p.adapter:
+        return Estimate(0, 0, models.pick_device(p).type, 0, 0.0, None)
+    config = _config(p)
+    tokenizer = models.load_tokenizer(p)
+    encoded = qlora.encode(tokenizer, rows, p).rows
+    schedule = qlora.plan(p, len(rows))
+    lengths = [len(row["input_ids"]) for row in encoded]
+    tokens = round(sum(lengths) / len(lengths) * min(len(lengths), schedule.steps_per_epoch * _rows_a_step(p)) * p.num_epochs)
+    labelled = sum(label >= 0 for row in encoded for label in row["labels"]) / len(encoded)
+    memory, (free, device) = peak_memory(p, shape(config, p), sum(lengths) / len(lengths), labelled), _free(p)
+    if memory > free:
+        raise StudyError(
+            f"memory: training {p.model_name} is predicted to take {memory / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on"
+            f" {device}; lower batch_size ({p.batch_size}), set gradient_checkpointing: true or use_4bit: true, or take a larger machine."
+        )
+    seconds = _seconds_a_token(p, config, encoded, int(tokenizer.pad_token_id)) * tokens if calibrate else None
+    dollars = seconds / 3600 * p.price_per_hour if seconds is not None and p.price_per_hour is not None else None
+    return Estimate(memory, free, device, tokens, seconds, dollars)
+
+
+def table(found: Estimate) -> pd.DataFrame:
+    """Returns an estimate as a notebook shows it, one fact a row."""
+    import pandas as pd
+
+    if not found.tokens:
+        return pd.DataFrame({"": ["nothing is trained: a published adapter is evaluated"]}, index=["training"])
+    facts = {
+        "peak memory": f"{found.memory / 2**30:.1f} GiB of {found.free / 2**30:.1f} GiB free ({found.device})",
+        "tokens": f"{found.tokens:,}",
+    }
+    if found.seconds is not None:
+        minutes = found.seconds / 60
+        facts["time"] = f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min"
+    if found.dollars is not None:
+        facts["cost"] = f"${found.dollars:.2f}"
+    return pd.DataFrame({"": facts.values()}, index=pd.Index(facts.keys()))
+
+
+def shape(config: PretrainedConfig, parameters: Parameters) -> Shape:
+    """Counts a model's weights on the meta device: nothing is loaded, and no memory taken."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    head = model.get_output_embeddings()
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
+    quantised = sum(m.weight.numel() for m in linear)
+    text = config.get_text_config()
+    return Shape(
+        linear=quantised,
+        other=sum(weight.numel() for weight in model.parameters()) - quantised,
+        lora=sum(parameters.lora_rank * (m.in_features + m.out_features) for m in linear),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        intermediate=text.intermediate_size,
+        vocabulary=text.vocab_size,
+    )
+
+
+def peak_memory(parameters: Parameters, shape: Shape, tokens_a_row: float, labelled_a_row: float) -> int:
+    """Predicts the bytes that a training holds at its peak.
+
+    Weights, what is trained with its gradients and optimizer states, what the forward pass keeps for the backward pass, and the
+    logits of labelled tokens. With LoRA and dropout each linear layer keeps an input of its own.
+
+    Args:
+        parameters: of the pair.
+        shape: of the model.
+        tokens_a_row: mean tokens of a row.
+        labelled_a_row: mean tokens of a row that a loss is computed on.
+    """
+    p, device = parameters, models.pick_device(parameters)
+    width = models.pick_dtype(device).itemsize
+    four_bit = p.use_4bit and device.type != "mps"
+    unpacked = four_bit and device.type == "cpu" and p.cache_dequantized is not False
+    mapped = (shape.linear + shape.other) * width if device.type == "cpu" else 0  # pages of the weights' file stay in memory
+    weights = shape.linear * (4 if unpacked else _NF4_BYTES if four_bit else width) + shape.other * width
+    trained = shape.lora * (4 + 4 + (2 if "8bit" in p.optim else 8))
+    tokens = p.batch_size * tokens_a_row
+    kept = (14 if p.lora_dropout else 9) * shape.hidden + (5 if p.lora_dropout else 4) * shape.intermediate
+    whole_layers = 1 if p.gradient_checkpointing else shape.layers
+    states = tokens * width * (whole_layers * kept + (shape.layers * shape.hidden if p.gradient_checkpointing else 0))
+    logits = p.batch_size * labelled_a_row * shape.vocabulary * (3 * 4)  # logits, their softmax and its gradient
+    return int(_LIBRARIES + mapped + weights + trained + states + logits)
+
+
+def _config(p: Parameters) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    with models.quiet(), models.clear_errors(p):
+        return AutoConfig.from_pretrained(models.source(p), revision=p.model_revision, trust_remote_code=False)
+
+
+def _rows_a_step(p: Parameters) -> int:
+    return p.batch_size * p.gradient_accumulation_steps
+
+
+def _free(p: Parameters) -> tuple[int, str]:
+    """Returns the bytes free on the device, and the device's name."""
+    import torch
+
+    device = models.pick_device(p)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    import psutil
+
+    return psutil.virtual_memory().available, device.type
+
+
+def _seconds_a_token(p: Parameters, config: PretrainedConfig, rows: list[dict[str, list[int]]], pad_id: int) -> float:
+    text = config.get_text_config()
+    layers = int(text.num_hidden_layers)
+    a_layer = shape(config, p).linear // layers
+    thick = min(layers, 4 if a_layer > _BIG_LAYER else _SLICE_LAYERS)
+    one = _slice_seconds(p, config, 1, rows, pad_id)
+    if layers == 1:
+        return one
+    return one + (layers - 1) * (_slice_seconds(p, config, thick, rows, pad_id) - one) / (thick - 1)
+
+
+def _slice_seconds(p: Parameters, config: PretrainedConfig, layers: int, rows: list[dict[str, list[int]]], pad_id: int) -> float:
+    """Returns the seconds that a token takes in a training step of a model with so many layers."""
+    import torch
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    from lib.trainer import Job, StudyTrainer
+
+    class Clock(TrainerCallback):
+        """Times the steps after the first, which warms up."""
+
+        def __init__(self) -> None:
+            self.marks: list[float] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.marks.append(time.perf_counter())
+
+    thin, clock = copy.deepcopy(config), Clock()
+    text = thin.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:layers]
+    device = models.pick_device(p)
+    with tempfile.TemporaryDirectory() as folder, models.quiet(), torch.random.fork_rng():
+        AutoModelForCausalLM.from_config(thin, dtype=models.pick_dtype(device)).save_pretrained(folder)
+        own = p.model_copy(update={"model_name": folder, "model_revision": None, "num_epochs": 1, "warmup_steps": 0})
+        model = adapters.add_lora(models.load_base(own), own)
+        order = [row for _ in range(-(-(_STEPS + 1) * _rows_a_step(p) // len(rows))) for row in rows][: (_STEPS + 1) * _rows_a_step(p)]
+        job = Job(Path(folder), own, _STEPS + 1, [], {"seconds": 0.0, "adapters": {}, "resumed_at": []})
+        trainer = StudyTrainer(job, model, order, pad_id, progress=False)
+        trainer.add_callback(clock)
+        trainer.train()
+    tokens = [int(entry["num_input_tokens_seen"]) for entry in trainer.state.log_history if "loss" in entry]
+    return (clock.marks[-1] - clock.marks[0]) / (tokens[-1] - tokens[0])
