@@ -32,7 +32,8 @@ MIN_BOOTSTRAP = 30
 """Fewest questions for a bootstrap interval; below, percentiles of resampled questions are too narrow."""
 ONE_JUDGE = "One judge only has scored these answers, so there is no agreement to measure; `other_judges` names further ones."
 UNTOLD = "not decidable by one of these judges"
-_DRAWS = 1000
+DRAWS = 1000
+"""Resampled studies of a bootstrap interval."""
 _PLACE = ["pair", "seed", "step", "question_set", "question_id", "sample", "response"]
 _COEFFICIENTS = ("kappa", "positive_agreement", "negative_agreement", "ac1")
 SCORES = ["run", "first", "second", "metric", "n", "n_questions"]
@@ -84,22 +85,25 @@ def _spearman(first: Array, second: Array) -> float:
         return float(spearmanr(first, second).statistic) if len(first) > 2 else float("nan")
 
 
-def _bootstrap(measure: Callable[[npt.NDArray[np.intp]], Sequence[float]], questions: npt.NDArray[np.intp], confidence: float) -> Array:
+def _bootstrap(
+    measure: Callable[[npt.NDArray[np.intp]], Sequence[float]], questions: npt.NDArray[np.intp], confidence: float, draws: int
+) -> Array:
     """Returns percentile intervals, shape (measures, 2), from drawing whole questions; NaN below `MIN_BOOTSTRAP` of them.
 
     Args:
         measure: gives the coefficients for positions of answers.
         questions: question of each answer, 0 to G − 1.
         confidence: of the intervals. A coefficient that more than one draw in twenty leaves undefined gets none.
+        draws: resampled studies; 0 gives no intervals.
     """
     everything = np.arange(len(questions))
     count = len(measure(everything))
     groups = int(questions.max()) + 1 if len(questions) else 0
-    if groups < MIN_BOOTSTRAP:
+    if groups < MIN_BOOTSTRAP or not draws:
         return np.full((count, 2), np.nan)
     members = np.split(np.argsort(questions, kind="stable"), np.cumsum(np.bincount(questions))[:-1])
     rng = np.random.default_rng(0)
-    drawn = np.array([measure(np.concatenate([members[g] for g in rng.integers(0, groups, groups)])) for _ in range(_DRAWS)])
+    drawn = np.array([measure(np.concatenate([members[g] for g in rng.integers(0, groups, groups)])) for _ in range(draws)])
     tail = (1 - confidence) / 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # all undefined: NaN, as meant
@@ -180,11 +184,23 @@ def tables(answers: pd.DataFrame, confidence: float = 0.95) -> tuple[pd.DataFram
     scores, labels = [], []
     for name, run in shared:
         for first, second in combinations(list(dict.fromkeys(run["judge"].astype(str))), 2):
-            both = matched(run, first, second)
-            head = {"run": name, "first": first, "second": second}
-            scores += [head | {"metric": metric} | _compare_scores(both, metric, confidence) for metric in METRICS]
-            labels += [head | {"metric": label} | _compare_labels(both, label, (first, second), confidence) for label in LABELS]
+            own_scores, own_labels = compare(matched(run, first, second), first, second, confidence)
+            scores += [{"run": name, **row} for row in own_scores]
+            labels += [{"run": name, **row} for row in own_labels]
     return pd.DataFrame(scores, columns=SCORES), pd.DataFrame(labels, columns=LABELLED)
+
+
+def compare(
+    both: pd.DataFrame, first: str, second: str, confidence: float = 0.95, draws: int = DRAWS
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Measures the agreement of two judges on answers that `matched` put side by side; `draws` are those of the bootstrap.
+
+    Returns:
+        The rows of both tables of `tables`, without `run`: one for each of `METRICS`, and one for each of `LABELS`.
+    """
+    head = {"first": first, "second": second}
+    scores = [head | {"metric": metric} | _compare_scores(both, metric, confidence, draws) for metric in METRICS]
+    return scores, [head | {"metric": label} | _compare_labels(both, label, (first, second), confidence, draws) for label in LABELS]
 
 
 def _sides(both: pd.DataFrame, name: str) -> tuple[Array, Array, npt.NDArray[np.intp]]:
@@ -194,7 +210,7 @@ def _sides(both: pd.DataFrame, name: str) -> tuple[Array, Array, npt.NDArray[np.
     return rows[f"{name}_first"].to_numpy(float), rows[f"{name}_second"].to_numpy(float), questions
 
 
-def _compare_scores(both: pd.DataFrame, metric: str, confidence: float) -> dict[str, Any]:
+def _compare_scores(both: pd.DataFrame, metric: str, confidence: float, draws: int) -> dict[str, Any]:
     first, second, questions = _sides(both, metric)
     row: dict[str, Any] = {"n": len(first), "n_questions": len(np.unique(questions))}
     if not len(first):
@@ -203,7 +219,7 @@ def _compare_scores(both: pd.DataFrame, metric: str, confidence: float) -> dict[
     def measure(at: npt.NDArray[np.intp]) -> Sequence[float]:
         return _spearman(first[at], second[at]), krippendorff_alpha(first[at], second[at])
 
-    bounds = _bootstrap(measure, questions, confidence)
+    bounds = _bootstrap(measure, questions, confidence, draws)
     for place, (name, value) in enumerate(zip(("spearman", "alpha"), measure(np.arange(len(first))), strict=True)):
         row |= {name: value, f"{name}_low": bounds[place, 0], f"{name}_high": bounds[place, 1]}
     difference = first - second
@@ -213,7 +229,7 @@ def _compare_scores(both: pd.DataFrame, metric: str, confidence: float) -> dict[
     return row | {"mean_difference": mean, "low": low, "high": high} | limits
 
 
-def _compare_labels(both: pd.DataFrame, label: str, judges: Sequence[str], confidence: float) -> dict[str, Any]:
+def _compare_labels(both: pd.DataFrame, label: str, judges: Sequence[str], confidence: float, draws: int) -> dict[str, Any]:
     first, second, questions = _sides(both, label)
     row: dict[str, Any] = {"n": len(first), "n_questions": len(np.unique(questions)), "note": ""}
     if any(undecidable(judge, label) for judge in judges):
@@ -230,7 +246,7 @@ def _compare_labels(both: pd.DataFrame, label: str, judges: Sequence[str], confi
     for side, values in (("first", first), ("second", second)):
         interval = stats.population_interval(np.bincount(questions, values), np.bincount(questions), confidence)
         row |= {f"rate_{side}": values.mean(), f"rate_{side}_low": interval.low, f"rate_{side}_high": interval.high}
-    bounds = _bootstrap(lambda at: list(label_coefficients(*counts(at)).values()), questions, confidence)
+    bounds = _bootstrap(lambda at: list(label_coefficients(*counts(at)).values()), questions, confidence, draws)
     for place, (name, value) in enumerate(label_coefficients(*found).items()):
         row |= {name: value, f"{name}_low": bounds[place, 0], f"{name}_high": bounds[place, 1]}
     return row
