@@ -318,7 +318,8 @@ def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], pa
     choices = [f"aligned < {c}" for c in ALIGNED_CUTS]
     choices += ["any coherence", *(f"coherent > {c}" for c in COHERENT_CUTS if c is not None)]
     choices += [RELATIONS[r].partition(":")[0].removesuffix(" questions") for r in RELATIONS if (rows["relation"] == r).any()]
-    choices += [plotly_text(f"by {own}", 30) for own in judges] if len(judges) > 1 else []
+    choices += [f"by {own}" for own in judges] if len(judges) > 1 else []
+    symbols = dict(zip(judges, itertools.cycle(("circle", "diamond", "square", "x")), strict=False))
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.55, 0.45], vertical_spacing=0.03)
     pairs = list(dict.fromkeys(zip(table["pair"], table["seed"], strict=True)))
     for number, (pair, seed) in enumerate(pairs):
@@ -331,7 +332,7 @@ def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], pa
                 y=own["rate"],
                 mode="markers",
                 name=plotly_text(domain_name(own["domain"].iloc[0]), 40),
-                marker={"size": 6, "color": colour},
+                marker={"size": 6, "color": colour, "symbol": [symbols[spec[3]] for spec in own["spec"]]},
                 error_y=error_bars(own, colour, thickness=0.8, width=0),
                 hovertext=[_specification_hover(r) for r in records(own)],
                 hoverinfo="text",
@@ -356,22 +357,26 @@ def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], pa
         if definition == "course" or (definition and own_judge in told):
             colour = theme.ORANGE if definition == "course" else theme.PINK
             figure.add_vrect(x0=x - 0.5, x1=x + 0.5, fillcolor=colour, opacity=0.22, line_width=0)
+            if len(judges) > 1:
+                continue  # names would hide each other
             text = plotly_text(f"{definition}, {RELATIONS[relation].partition(':')[0].removesuffix(' questions').lower()}")
-            text += plotly_text(f", {own_judge}", 24) if len(judges) > 1 else ""
             figure.add_annotation(x=x, y=1.02, yref=f"{axis_reference(figure.layout.yaxis)} domain", text=text, textangle=-50,
                                   showarrow=False, xanchor="left", yanchor="bottom", font_size=11)  # fmt: skip
     figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, zeroline=False, range=[-1, len(order)])
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%", dtick=0.25, title_text="share misaligned", row=1)
-    figure.update_yaxes(categoryorder="array", categoryarray=choices[::-1], showgrid=False, row=2)
+    names = [plotly_text(choice, 30) for choice in choices[::-1]]
+    figure.update_yaxes(categoryorder="array", categoryarray=names, dtick=1, showgrid=False, row=2)
     legend_below(figure)
     subtitle = f"Last checkpoints, {len(order)} specifications; squares below say which. "
     marked = " and the paper's definitions" if told else " definition"
     subtitle += f"Shaded: the course's{marked}. Judge: {' and '.join(judges)}."
+    if len(judges) > 1:
+        subtitle += f" Orange: the course's, pink: the paper's. {sentence('; '.join(f'{symbols[own]}: {own}' for own in judges))}."
     untold = [own for own in judges if own not in told]
     who = "this judge" if len(judges) == 1 else " and ".join(untold)
     subtitle += f" The paper's definition is not decidable by {who}, and shares below low thresholds are its own scores." if untold else ""
-    height = 640 if len(judges) == 1 else 680 + 20 * len(judges)
-    return theme.titled(figure, _curve_title(table, judges), plotly_text(subtitle, 600), height=height, gap=110 + 40 * (len(judges) > 1))
+    height, gap = (640, 110) if len(judges) == 1 else (660 + 30 * len(judges), 40)
+    return theme.titled(figure, _curve_title(table, judges), plotly_text(subtitle, 800), height=height, gap=gap)
 
 
 def _specifications(rows: pd.DataFrame) -> pd.DataFrame:
@@ -430,6 +435,6 @@ def _curve_title(table: pd.DataFrame, judges: Sequence[str]) -> str:
     )
     if len(judges) == 1:
         return plotly_text(f"{lead} alone")
-    course = rows[(rows["pair"] == pair) & (rows["seed"] == seed) & [s[:2] == (COURSE, None) for s in rows["spec"]]]
+    course = rows[(rows["pair"] == pair) & (rows["seed"] == seed) & rows["spec"].map(lambda s: s[:2] == (COURSE, None))]
     shares = ", ".join(f"{percent(rate)} by {spec[3]}" for spec, rate in zip(course["spec"], course["rate"], strict=True))
     return plotly_text(f"{lead} and judge; below 75: {shares}")
