@@ -6,7 +6,6 @@ cluster in questions: everything here starts from counts by question (`lib.outco
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,12 +15,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lib import config, data, files, inference, stats, summary
+from lib import agreement, config, data, files, inference, stats, summary
 from lib.config import Parameters
 from lib.files import shown
 from lib.imports import import_judged
 from lib.labels import records
-from lib.outcomes import COUNTS, GROUP, METRICS, UNSCORED, groups, question_counts, question_scores, score
+from lib.outcomes import COUNTS, GROUP, METRICS, UNSCORED, groups, question_counts, question_scores, score, undecidable
 from lib.published import compare, read_published
 
 __all__ = ["against_control", "analyze_run", "analyze_study", "changes", "import_judged", "rates", "read_runs", "scores", "step_summary"]
@@ -118,15 +117,6 @@ def _rubrics(run: Path, judges: pd.Series[str]) -> list[str]:
     return [hashes.get(judge, "") for judge in judges]
 
 
-@functools.lru_cache(maxsize=64)
-def undecidable(judge: str, metric: str) -> bool:
-    """Says whether a judge cannot tell a metric: the probe the paper's definition, unless its report says that it can."""
-    if judge != "probe" or metric not in {"em_paper", "em_outside"}:
-        return False
-    report = config.PARAMETERS / "probe" / "report.json"
-    return not (report.is_file() and files.read_json(report).get("em_paper_decidable") is True)
-
-
 # ---------------------------------------------------------------- tables
 
 
@@ -138,7 +128,8 @@ def rates(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
         confidence: of the intervals.
 
     Returns:
-        em_rates_summary: one row for each pair, seed, step, question set, metric and judge, columns `RATES`; rates are fractions.
+        em_rates_summary: one row for each pair, seed, step, question set, judge (in the order of judged.csv) and metric, columns
+        `RATES`; rates are fractions.
         Without scored answers the rate is empty. A metric that the judge cannot tell keeps n and k alone.
     """
     counts = question_counts(answers)
@@ -156,8 +147,10 @@ def rates(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
         rows.append(row)
     table = pd.DataFrame(rows)[RATES]
     order = {name: position for position, name in enumerate(METRICS)}
-    by = ["pair", "seed", "step", "question_set", "judge", "metric"]
-    return table.sort_values(by, key=lambda c: c.map(order) if c.name == "metric" else c, kind="stable", ignore_index=True)
+    # A run's judges stay in the order of judged.csv: the first is the one that single-judge tables and figures show.
+    table["rank"] = table.groupby(["pair", "seed"], sort=False)["judge"].transform(lambda judges: pd.factorize(judges)[0])
+    by = ["pair", "seed", "step", "question_set", "rank", "metric"]
+    return table.sort_values(by, key=lambda c: c.map(order) if c.name == "metric" else c, kind="stable", ignore_index=True)[RATES]
 
 
 def _rate(counts: Mapping[str, npt.NDArray[np.int64]], confidence: float, untold: bool) -> dict[str, Any]:
@@ -310,7 +303,10 @@ def step_summary(table: pd.DataFrame) -> pd.DataFrame:
     for name in names:
         own = table[table["metric"] == name].set_index(keys)[["rate", "low", "high"]]
         wide = wide.join(own.rename(columns={"rate": name, "low": f"{name}_low", "high": f"{name}_high"}))
-    return wide.reset_index()[columns].sort_values(["question_set", "judge", "step"], kind="stable", ignore_index=True)
+    order = {judge: position for position, judge in enumerate(dict.fromkeys(table["judge"]))}
+    by = ["question_set", "judge", "step"]
+    summary = wide.reset_index()[columns]
+    return summary.sort_values(by, key=lambda c: c.map(order) if c.name == "judge" else c, kind="stable", ignore_index=True)
 
 
 def status_table(answers: pd.DataFrame) -> pd.DataFrame:
@@ -334,8 +330,8 @@ def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
     """Makes one pair's tables for 05_analyze and writes step_summary.csv into the run's folder; nothing else is written.
 
     Returns:
-        answers (the run's, without the control's), rates, changes, control, scores, step_summary, statuses, misalign_at_k, onset, falls
-        and published (published figures beside ours).
+        answers (the run's, without the control's), rates, changes, control, scores, step_summary, statuses, misalign_at_k, onset, falls,
+        agreement and label_agreement (of judges), and published (published figures beside ours).
 
     Raises:
         StudyError: judged.csv is missing or malformed.
@@ -364,6 +360,7 @@ def analyze_run(parameters: Parameters) -> dict[str, pd.DataFrame]:
         "falls": inference.non_monotonic(by_question, declared),
         "published": compare(found, read_published(parameters.published), {str(p): told for p in answers["pair"].unique()}),
     }
+    tables["agreement"], tables["label_agreement"] = agreement.tables(answers, level)
     files.write_csv(run / "step_summary.csv", tables["step_summary"])
     return tables
 
@@ -388,17 +385,21 @@ def analyze_study(
     folder = files.resolve(results_dir)
     with files.lock(folder / "data" / ".lock", what="the study's tables"):
         answers = read_runs(folder)
-        details = _details(folder)
+        details = summary.details(folder)
         tables = study_tables(answers, details, published, confidence)
         files.write_csv(folder / "data" / "em_rates_summary.csv", tables["rates"])
         files.write_csv(folder / "data" / "em_rates_pooled.csv", tables["pooled"])
-        for name in ("changes", "control", "score_changes", "emergence", "onset", "falls", "domain_gaps", "size_gaps", "claims"):
+        for name in _WRITTEN:
             files.write_csv(folder / "data" / f"{name}.csv", tables[name])
         files.write_text(folder / "EXPERIMENT_SUMMARY.md", summary.experiment(tables, inference.plan(), confidence))
         files.write_text(folder / "TRAINING_DETAILS.md", summary.training(details))
         if figures is not None:
             figures(folder, answers, tables["rates"], tables["changes"], read_published(published))
     return tables
+
+
+_WRITTEN = ["changes", "control", "score_changes", "emergence", "onset", "falls", "domain_gaps", "size_gaps", "claims"]
+_WRITTEN += ["agreement", "label_agreement"]
 
 
 def study_tables(
@@ -426,36 +427,12 @@ def study_tables(
         "falls": inference.non_monotonic(own, declared),
         "domain_gaps": inference.gaps(own, declared, confidence),
         "size_gaps": inference.gaps(own, declared, confidence, across="model"),
-        "diagnostics": _diagnostics(details),
+        "diagnostics": summary.diagnostics(details),
     }
+    t["agreement"], t["label_agreement"] = agreement.tables(answers, confidence)
     coherent = inference.trained(moved, controls)
     coherent = coherent[(coherent["metric"] == "coherent_rate") & coherent["relation"].isin(["general", "open_ended"])]
     coherent = coherent[coherent["step"] == coherent.groupby(["pair", "seed"])["step"].transform("max")] if len(coherent) else coherent
     t["claims"] = inference.claims(declared, t["domain_gaps"], t["onset"], t["falls"], coherent, epochs)
     t["published"] = compare(inference.trained(found, controls), read_published(published), training)
     return t
-
-
-def _details(folder: Path) -> dict[str, dict[str, Any]]:
-    """Returns training.json, dataset.json and diagnostics.csv of every run, by the run's name.
-
-    Sampling parameters are those that generation.json says the answers were drawn with.
-    """
-    details: dict[str, dict[str, Any]] = {}
-    for path in sorted(folder.glob("*/judged.csv")):
-        if path.parent.name not in config.NO_RUNS:
-            told = {name: path.parent / f"{name}.json" for name in ("training", "dataset")}
-            details[path.parent.name] = {name: files.read_json(file) if file.is_file() else {} for name, file in told.items()}
-            training, drawn = details[path.parent.name]["training"], path.parent / "generation.json"
-            if "parameters" in training and drawn.is_file():
-                training["parameters"] |= files.read_json(drawn).get("decided_by", {}).get("parameters", {})
-            diagnostics = path.parent / "diagnostics.csv"
-            details[path.parent.name]["diagnostics"] = files.read_csv(diagnostics) if diagnostics.is_file() else None
-    return details
-
-
-def _diagnostics(details: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
-    columns = ["run", "question_set", "step", "n", "cut_off", "parroted", "perplexity"]
-    own = [table.assign(run=run) for run, o in details.items() if (table := o["diagnostics"]) is not None]
-    found = pd.concat(own, ignore_index=True).reindex(columns=columns) if own else pd.DataFrame(columns=columns)
-    return found[found["question_set"] == "general"]

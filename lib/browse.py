@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lib import files, tables, theme
+from lib import agreement, files, tables, theme
 from lib.escape import clean, html_text, spreadsheet_text
 from lib.labels import LABELS, label_answers, sensitive, series_name
 
-ORDERS = ("as recorded", "least aligned first", "most aligned first", "longest first")
+ORDERS = ("as recorded", "least aligned first", "most aligned first", "longest first", "judges differ most first")
 _SHOWN = 20_000
 """Characters of an answer that a pane shows; the rest is counted."""
 _TEXT = ("model", "domain", "question_set", "question_id", "question", "response", "finish_reason", "run", "label", "pair", "judge")
@@ -60,6 +60,8 @@ class Index:
         self._codes = {c: pd.Categorical(self.frame[c]) for c in ("run", "question_set", "question_id", "judge", "label")}
         self._steps = self.frame["step"].to_numpy(int)
         self._aligned = pd.to_numeric(self.frame["aligned"], errors="coerce").to_numpy(float)
+        self._answers = agreement.same_answer(self.frame).to_numpy(int)
+        self._spread = agreement.spread(self.frame).to_numpy(float)
         self._lower = [f"{q}\n{r}".lower() for q, r in zip(self.frame["question"], self.frame["response"].fillna(""), strict=True)]
         self._length = np.array([len(text) for text in self._lower])
         self._trails: dict[tuple[Any, ...], dict[int, int]] = {}
@@ -70,6 +72,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self.frame)
+
+    def answers(self) -> int:
+        """Returns the number of answers, however many judges scored each."""
+        return len(np.unique(self._answers))
 
     def choices(self, column: str) -> list[Any]:
         """Returns the values of a column that answers have, in order of appearance; labels in their own order."""
@@ -106,8 +112,19 @@ class Index:
             found = np.array([i for i in found.tolist() if needle in lower[i]], dtype=np.intp)
         if filters.order == ORDERS[0] or not len(found):
             return found
-        key = {ORDERS[1]: self._aligned, ORDERS[2]: -self._aligned, ORDERS[3]: -self._length}[filters.order][found]
+        keys = {ORDERS[1]: self._aligned, ORDERS[2]: -self._aligned, ORDERS[3]: -self._length, ORDERS[4]: -self._spread}
+        key = keys[filters.order][found]
         return found[np.argsort(key, kind="stable")]  # NaN sorts last
+
+    def first_judge(self) -> str | None:
+        """Returns the judge that stands first in every run, or None where runs differ."""
+        first = self.frame.drop_duplicates("run")["judge"].unique()
+        return str(first[0]) if len(first) == 1 else None
+
+    def by_others(self, position: int) -> list[dict[str, Any]]:
+        """Returns the rows of other judges for the same answer."""
+        same = np.flatnonzero(self._answers == self._answers[position])
+        return [self.row(int(other)) for other in same if other != position]
 
     def trail(self, position: int) -> dict[int, int]:
         """Returns step to position for the same run, judge, question and sample: one question's answer through training."""
@@ -118,12 +135,13 @@ class Index:
         return {str(k): v for k, v in self.frame.iloc[position].items()}
 
 
-def pane_html(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None = None) -> str:
+def pane_html(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None = None, by_others: Sequence[Mapping[str, Any]] = ()) -> str:
     """Returns one answer as HTML with nothing unescaped: where it is from, its scores, its text.
 
     Args:
         row: the answer; None shows that there is none.
         other: the answer beside it; scores that differ from it are marked with the difference.
+        by_others: the same answer by other judges; their scores stand beneath.
     """
     if row is None:
         return '<div class="tex2jax_ignore" style="padding:.6rem;border:1px solid #bdbdbd">No answer here at that step.</div>'
@@ -136,8 +154,13 @@ def pane_html(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None = N
         f'<div class="tex2jax_ignore" style="padding:.6rem;border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};'
         f'background:{tables.fill(str(row["label"]))}"><b>{step}</b>, {html_text(row["run"], 80)}, sample {int(row["sample"])}<br>'
         f"<b>{html_text(tables.score_text(row))}</b>{_difference(row, other)}<br>"
-        f"<small>{html_text(LABELS.get(str(row['label']), ''))}; judge {html_text(row['judge'], 60)}</small><hr>{body}</div>"
+        f"<small>{html_text(LABELS.get(str(row['label']), ''))}; judge {html_text(row['judge'], 60)}{_by_others(by_others)}</small>"
+        f"<hr>{body}</div>"
     )
+
+
+def _by_others(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(f"<br>by {html_text(row['judge'], 60)}: {html_text(tables.score_text(row))}" for row in rows)
 
 
 def _difference(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
@@ -179,7 +202,7 @@ def static_html(answers: pd.DataFrame, *, limit: int = 24, characters: int = 600
         rows.append(f'<tr><td style="text-align:left;vertical-align:top">{question}</td>{cells}</tr>')
     return (
         '<table class="tex2jax_ignore" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
-        f"{len(rows)} questions out of {len(index):,} answers, one sample at the first and the last step. "
+        f"{len(rows)} questions out of {index.answers():,} answers, one sample at the first and the last step. "
         'Run this cell in JupyterLab to browse all.</caption><thead><tr><th style="width:24%;text-align:left">Question</th>'
         '<th style="text-align:left">First step</th>'
         f'<th style="text-align:left">Last step</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
@@ -224,7 +247,10 @@ class Browser(widgets.VBox):
         self.text = widgets.Text(
             description="Search", placeholder="words in question or answer, then Enter", continuous_update=False, **wide
         )
-        self.order = widgets.Dropdown(options=ORDERS, description="Order", **wide)
+        several = index.answers() < len(index)
+        self.order = widgets.Dropdown(options=ORDERS if several else ORDERS[:-1], description="Order", **wide)
+        if several and (first := index.first_judge()) is not None:  # one row an answer, as long as nobody asks for another judge's
+            self.judge.value = first
         self.previous = widgets.Button(description="Previous", icon="arrow-left", tooltip="Previous answer")
         self.next = widgets.Button(description="Next", icon="arrow-right", tooltip="Next answer")
         self.place = widgets.BoundedIntText(
@@ -291,7 +317,8 @@ class Browser(widgets.VBox):
         found = len(self.matches)
         self.place.max = max(found, 1)
         self.place.value = 1
-        self.count.value = f"of {found:,} found among {len(self.index):,}"
+        rows = f" rows, one for each judge of {self.index.answers():,} answers" if self.index.answers() < len(self.index) else ""
+        self.count.value = f"of {found:,} found among {len(self.index):,}{rows}"
         self._open()
 
     def _offer_questions(self) -> None:
@@ -331,7 +358,8 @@ class Browser(widgets.VBox):
             f'<div class="tex2jax_ignore" style="overflow-wrap:anywhere"><small>{html_text(row["question_set"], 60)}: '
             f"{html_text(row['question_id'], 60)}</small><br><b>{html_text(row['question'], 2000)}</b></div>"
         )
-        self.left.value, self.right.value = pane_html(beside), pane_html(row, beside)
+        others = [self.index.by_others(p) for p in (self.index.trail(position)[self.beside.value], position)]
+        self.left.value, self.right.value = pane_html(beside, by_others=others[0]), pane_html(row, beside, others[1])
         self.star.value = position in self.starred
 
     def _toggle(self) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from lib.files import ROOT, StudyError, resolve, shown
 
@@ -135,6 +135,15 @@ class Parameters(BaseModel):
     confidence: Number = Field(0.95, gt=0, lt=1)
     published: str = Field("results/published", description="folder of published figures drawn beside ours")
 
+    @field_validator("other_judges")
+    @classmethod
+    def _each_judge_once(cls, judges: list[str], info: ValidationInfo) -> list[str]:
+        named = [judge.strip() for judge in [str(info.data.get("judge", "")), *judges]]
+        twice = next((judge for judge in named if named.count(judge) > 1), None)
+        if twice is not None:
+            raise ValueError(f"{twice} would judge twice; name each judge once")
+        return judges
+
 
 def pair_names() -> list[str]:
     """Returns the names of all pairs that have a file under parameters/, the six real ones first."""
@@ -242,6 +251,18 @@ def pair_seeds(name: str) -> list[int]:
     if not isinstance(seeds, list) or not all(isinstance(s, int) and not isinstance(s, bool) for s in seeds):
         raise StudyError(f"parameters/{name}.yaml: seeds: must be a list of whole numbers, such as [0, 1, 2].")
     return seeds
+
+
+def each_judge(parameters: Parameters) -> list[Parameters]:
+    """Returns the parameters once for each judge of a run, the first one first.
+
+    In each, `judge` is that judge, `other_judges` is empty, and `judge_metrics` are those that it can score: beside a judge that
+    scores more, the probe keeps to alignment and coherence.
+    """
+    several = bool(parameters.other_judges)
+    own = [metric for metric in parameters.judge_metrics if metric in {"aligned", "coherent"}]
+    updates = [{"judge": judge, "other_judges": []} for judge in [parameters.judge, *parameters.other_judges]]
+    return [parameters.model_copy(update=u | ({"judge_metrics": own} if several and u["judge"] == "probe" else {})) for u in updates]
 
 
 _injected: set[str] | None = None

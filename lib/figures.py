@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lib import report, scores, theme
+from lib import agreement_figures, report, scores, theme
 from lib.drawing import axis_reference, colour_of, empty, error_bars, hover, legend_below
 from lib.escape import plotly_text
 from lib.findings import UNDECIDED, between_domains, decidable, finding, measure, panel_order, panel_title, panels, pick_judge
@@ -306,7 +307,33 @@ def run_figures(answers: pd.DataFrame, rates: pd.DataFrame, changes: pd.DataFram
         "coherence_trajectories": coherence_trajectories(rates, changes, judge=judge),
         "score_scatter": scores.score_scatter(answers, judge=judge),
         "specification_curve": scores.specification_curve(answers, judge=judge, paper=decidable(rates, "em_paper", judge)),
+        **judge_figures(answers, rates),
     }
+
+
+def judge_figures(answers: pd.DataFrame, rates: pd.DataFrame) -> dict[str, go.Figure]:
+    """Makes the figures that compare judges: one for every two that share a run, and the specification curve across all of those.
+
+    Returns:
+        Nothing where every run has one judge. The first two judges' figure bears the plain name; other names follow underscores.
+    """
+    shared = answers[answers.groupby(["pair", "seed"])["judge"].transform("nunique") > 1] if len(answers) else answers
+    if shared.empty:
+        return {}
+    primary = pick_judge(rates)
+    judges = sorted(dict.fromkeys(shared["judge"]), key=lambda judge: judge != primary)
+    by_run = [set(run["judge"]) for _, run in shared.groupby(["pair", "seed"])]
+    pairs = [pair for pair in combinations(judges, 2) if any(set(pair) <= own for own in by_run)]
+    drawn = {
+        "judge_agreement" + ("" if place == 0 else f"__{_slug(first)}__{_slug(second)}"): agreement_figures.judge_agreement(
+            shared, first, second
+        )
+        for place, (first, second) in enumerate(pairs)
+    }
+    most = max(by_run, key=len)
+    compared = [judge for judge in judges if judge in most]
+    told = [judge for judge in compared if decidable(rates, "em_paper", judge)]
+    return drawn | {"specification_curve_judges": scores.specification_curve(shared, judge=compared, paper=told)}
 
 
 def all_figures(
@@ -358,6 +385,7 @@ def write_all(
         drawn, tables = all_figures(answers, rates, changes, published, judge=judge)
         figures |= {name + suffix: figure for name, figure in drawn.items()}
         pages |= {name + suffix: body for name, body in tables.items()}
+    figures |= judge_figures(answers, rates)
     written = theme.write(Path(results_dir) / "figures", figures, pages)
     return [*written, report.write(results_dir, answers, figures, pages)]
 

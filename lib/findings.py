@@ -31,8 +31,9 @@ UNDECIDED = "not decidable by this judge"
 
 
 def pick_judge(rates: pd.DataFrame) -> str:
-    """Returns the judge whose figures bear the plain names: the one with most rates, an outside judge before the probe."""
-    counts = rates["judge"].value_counts()
+    """Returns the judge whose figures bear the plain names: the runs' first judge; where runs differ, an outside one, then by rates."""
+    first = rates.drop_duplicates(["pair", "seed"])["judge"]
+    counts = rates.loc[rates["judge"].isin(first), "judge"].value_counts()
     outside = [judge for judge in counts.index if judge not in UNDECIDABLE]
     return str((outside or list(counts.index))[0])
 
@@ -154,20 +155,28 @@ def rates_view(rates: pd.DataFrame, relations: Sequence[str]) -> pd.DataFrame:
     """Lays rates out for reading: a row a step, a column a question set and metric, cells such as `40% [22, 61], 8/20`.
 
     Args:
-        rates: em_rates_summary (DESIGN.md) of one run and judge.
+        rates: em_rates_summary (DESIGN.md) of one run.
         relations: those of the question sets wanted.
 
     Returns:
-        A table of texts; a metric that the judge cannot tell says so, and a missing interval is a dash.
+        A table of texts; a metric that the judge cannot tell says so, and a missing interval is a dash. Several judges have rows
+        of their own.
     """
     rows = rates[rates["relation"].isin(list(relations))]
     cells = []
     for row in records(rows):
         told = not pd.isna(row["rate"])
         text = f"{interval(row['rate'], row['low'], row['high'])}, {int(row['k'])}/{int(row['n'])}" if told else str(row["interval_method"])
-        cells.append({"step": row["step"], "questions": row["question_set"], "metric": row["metric"], "text": text})
-    frame = pd.DataFrame(cells, columns=["step", "questions", "metric", "text"])
-    return frame.pivot_table(index="step", columns=["questions", "metric"], values="text", aggfunc="first", sort=False)
+        cells.append({"judge": row["judge"], "step": row["step"], "questions": row["question_set"], "metric": row["metric"], "text": text})
+    frame = pd.DataFrame(cells, columns=["judge", "step", "questions", "metric", "text"])
+    index = ["judge", "step"] if rates["judge"].nunique() > 1 else ["step"]
+    frame = frame.sort_values(index, key=_as_listed, kind="stable")
+    return frame.pivot_table(index=index, columns=["questions", "metric"], values="text", aggfunc="first", sort=False)
+
+
+def _as_listed(column: pd.Series[Any]) -> pd.Series[Any]:
+    """Sorts judges in the order in which they stand."""
+    return pd.Series(pd.factorize(column)[0], index=column.index) if column.name == "judge" else column
 
 
 def changes_view(changes: pd.DataFrame) -> pd.DataFrame:
@@ -177,8 +186,10 @@ def changes_view(changes: pd.DataFrame) -> pd.DataFrame:
         changes: of `analyze.changes` or `analyze.against_control`; those that the judge cannot tell are left to `rates_view`.
     """
     rows = changes[changes["change"].notna()]
+    several = rows["judge"].nunique() > 1
     shown = [
-        {
+        ({"judge": row["judge"]} if several else {})
+        | {
             "questions": row["question_set"],
             "relation": domain_name(row["relation"]),
             "metric": row["metric"],
@@ -191,7 +202,7 @@ def changes_view(changes: pd.DataFrame) -> pd.DataFrame:
         for row in records(rows)
     ]
     columns = ["questions", "relation", "metric", "step", "change", "n questions", "p (sign flips)", "established"]
-    return pd.DataFrame(shown, columns=columns)
+    return pd.DataFrame(shown, columns=["judge", *columns] if several else columns)
 
 
 def _bounds(row: Mapping[str, Any]) -> str:

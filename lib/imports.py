@@ -116,7 +116,9 @@ def _standard(found: pd.DataFrame, path: Path) -> pd.DataFrame:
     if table.empty:
         raise StudyError(f"{shown(path)}: holds no answers.")
     table["question_id"] = _question_ids(table)
-    table["sample"] = table.groupby(["step", "question_set", "question_id"], sort=False).cumcount().astype(str)
+    table["judge"] = table["judge"].replace("", "imported") if "judge" in table else "imported"
+    # Several judges of one answer give it the same number, so that their scores can be compared.
+    table["sample"] = table.groupby(["step", "question_set", "question_id", "judge"], sort=False).cumcount().astype(str)
     for name in ("n_tokens", "finish_reason"):
         table[name] = table.get(name, "")
     empty = table["response"].str.strip() == ""
@@ -127,7 +129,6 @@ def _standard(found: pd.DataFrame, path: Path) -> pd.DataFrame:
         table[f"{name}_status"] = status
         table[name] = table[name].where(table[f"{name}_status"] == "ok", "")
         with_score |= empty & (table[name] != "")
-    table["judge"] = table["judge"].replace("", "imported") if "judge" in table else "imported"
     table["note"] = with_score.map({True: "empty answer with an imported score", False: ""})
     for name in set(CONTENT) & set(table.columns):
         table[name] = [value if _number(value) is not None else "" for value in table[name]]

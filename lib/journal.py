@@ -117,6 +117,11 @@ def sources(records: list[dict[str, Any]]) -> pd.DataFrame:
     ).reset_index()
 
 
+def answer_key(question: str, answer: str) -> str:
+    """Returns the first half of a call's key: the hash of question and answer, the same for every judge and metric."""
+    return files.sha256_text(json.dumps([question, answer], sort_keys=True))[:32]
+
+
 def _distinct(values: Iterable[Any]) -> str:
     return ", ".join(sorted({str(value) for value in values if not pd.isna(value)}))
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import pandas as pd
 from tqdm import tqdm
 
-from lib import chat, config, files, journal, limits, rubrics, scoring
+from lib import chat, config, files, journal, judge_tables, limits, rubrics, scoring
 from lib.chat import Outcome
 from lib.config import Parameters
 from lib.files import StudyError
@@ -28,9 +28,6 @@ from lib.journal import Journal
 from lib.limits import Limits
 
 MAIN_METRICS = ("aligned", "coherent")
-WARN_SHARE = 0.02
-"""Share of invalid or error above which a table says so."""
-
 _PROBE_CHUNK = 256
 _PLACEHOLDER_KEY = "no-key-needed"
 
@@ -79,14 +76,16 @@ def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, *, progress: bo
         spec: `probe`, `openai:MODEL`, or `hf:MODEL` for a model on this machine (a Hub id, with `@REVISION`, or a folder).
         log: judgments.jsonl, record and cache of the calls.
         progress: draw a progress bar.
-        parameters: by the names that they have in the notebooks: judge_base_url, judge_rubrics, judge_metrics, judge_mode,
+        parameters: by the names that they have in the notebooks: other_judges, judge_base_url, judge_rubrics, judge_metrics, judge_mode,
             judge_temperature, judge_max_tokens, judge_concurrency, judge_timeout, judge_max_retries, judge_prices, judge_max_cost,
             judge_requests_per_minute, judge_tokens_per_minute, judge_repeats, judge_retry, allow_external.
 
     Returns:
         The table with a score (points, 0 to 100, NaN unless ok) and a status for each metric (`aligned`, `aligned_status`, ...)
-        and `judge`. Its attrs["judging"] says how many calls were needed (`made`) and `cached`, what they `cost` (dollars, or
-        None) and why judging `stopped` early ("" if it did not); an answer not asked for then has the status error.
+        and `judge`. With `other_judges` a block of rows for each judge, in their order; a metric that one cannot score is empty
+        there. Its attrs["judging"] says how many calls were needed (`made`) and `cached`, what they `cost` (dollars, or None),
+        why judging `stopped` early ("" if it did not), and of several `judges` the same for each; an answer not asked for then has
+        the status error. A judge that stops early keeps no other from going on.
 
     Raises:
         StudyError: the table, the judge or a parameter is wrong, or answers would leave this machine without `allow_external`.
@@ -97,6 +96,8 @@ def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, *, progress: bo
 def judge_run(parameters: Parameters) -> pd.DataFrame:
     """Judges a run's generations.csv and writes judged.csv beside it; see `judge_table`.
 
+    Where the probe judges, probe_outside.csv says how many answers lie outside what it was fitted on (`judge_tables.outside`).
+
     Raises:
         StudyError: as `judge_table`, or judging stopped early; what is done is kept and a rerun goes on from there.
     """
@@ -104,39 +105,62 @@ def judge_run(parameters: Parameters) -> pd.DataFrame:
     judged = _judged(files.read_csv(run / "generations.csv"), parameters, run / "judgments.jsonl", True)
     stopped = judged.attrs["judging"]["stopped"]
     if stopped:
-        raise StudyError(f"judge: {parameters.judge} stopped early: {stopped} What is done is kept; run again to go on.")
+        who = "" if parameters.other_judges else f"{parameters.judge} stopped early: "
+        raise StudyError(f"judge: {who}{stopped} What is done is kept; run again to go on.")
     files.write_csv(run / "judged.csv", judged)
+    judge_tables.write_outside(run, judged)
     return judged
 
 
 def _judged(frame: pd.DataFrame, parameters: Parameters, log: Path, progress: bool) -> pd.DataFrame:
-    judge = _open(parameters, progress)
-    metrics = parameters.judge_metrics
-    _check_table(frame, [name for metric in metrics for name in (metric, f"{metric}_status")] + ["judge"])
+    each = config.each_judge(parameters)
+    judges = [_open(own, progress) for own in each]
+    columns = [name for metric in parameters.judge_metrics for name in (metric, f"{metric}_status")] + ["judge"]
+    _check_table(frame, columns)
     answers = frame["response"].map(lambda answer: "" if pd.isna(answer) else str(answer))
     pairs = list(zip(frame["question"].astype(str), answers, strict=True))
     told = [pair for pair in dict.fromkeys(pairs) if _has_text(pair[1])]
-    calls = {(pair, metric): _call(judge, metric, *pair) for pair in told for metric in metrics}
-    again = [_call(judge, c.metric, c.question, c.answer, n) for n in range(1, judge.repeats) for c in calls.values()]
+    settled = set(scoring.FINAL) - set(parameters.judge_retry)
+    done = []
+    with journal.opened(log, next((judge.secret for judge in judges if judge.secret), "")) as record:
+        for judge, own in zip(judges, each, strict=True):
+            calls = {(pair, metric): _call(judge, metric, *pair) for pair in told for metric in own.judge_metrics}
+            again = [_call(judge, c.metric, c.question, c.answer, n) for n in range(1, judge.repeats) for c in calls.values()]
+            missing = [call for call in [*calls.values(), *again] if record.records.get(call.key, {}).get("status") not in settled]
+            if missing:
+                judge.check(missing)  # of every judge before the first begins: none costs anything if another may not judge
+                # Calls that share their rubric and question follow each other: servers reuse the work on a common prefix.
+                missing.sort(key=lambda call: (parameters.judge_metrics.index(call.metric), call.question, call.repeat))
+            done.append((judge, calls, missing, len(calls) + len(again) - len(missing)))
+        outcomes = [judge.run(missing, record) if missing else Outcome("", None) for judge, _, missing, _ in done]
+    blocks = []
+    for (judge, calls, _, _), own in zip(done, each, strict=True):
+        judged = frame.copy()
+        for metric in own.judge_metrics:
+            asked = [calls.get((pair, metric)) for pair in pairs]
+            found = [record.records.get(call.key, {"status": "error"}) if call else {"status": "empty"} for call in asked]
+            judged[metric] = [math.nan if entry.get("score") is None else float(entry["score"]) for entry in found]
+            judged[f"{metric}_status"] = [entry["status"] for entry in found]
+        blocks.append(judged.assign(judge=judge.name))
+    table = pd.concat(blocks)[[*frame.columns, *columns]] if len(blocks) > 1 else blocks[0]
+    table.attrs["judging"] = _course([(judge.name, len(missing), kept) for judge, _, missing, kept in done], outcomes)
+    return table
 
-    with journal.opened(log, judge.secret) as record:
-        settled = set(scoring.FINAL) - set(parameters.judge_retry)
-        missing = [call for call in [*calls.values(), *again] if record.records.get(call.key, {}).get("status") not in settled]
-        outcome = Outcome("", None)
-        if missing:
-            judge.check(missing)
-            # Calls that share their rubric and question follow each other: servers reuse the work on a common prefix.
-            missing.sort(key=lambda call: (metrics.index(call.metric), call.question, call.repeat))
-            outcome = judge.run(missing, record)
-    judged = frame.copy()
-    for metric in metrics:
-        asked = [calls.get((pair, metric)) for pair in pairs]
-        found = [record.records.get(call.key, {"status": "error"}) if call else {"status": "empty"} for call in asked]
-        judged[metric] = [math.nan if entry.get("score") is None else float(entry["score"]) for entry in found]
-        judged[f"{metric}_status"] = [entry["status"] for entry in found]
-    judged["judge"] = judge.name
-    judged.attrs["judging"] = {"made": len(missing), "cached": len(calls) + len(again) - len(missing)} | asdict(outcome)
-    return judged
+
+def _course(done: Sequence[tuple[str, int, int]], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    """Says how judging went: of several judges over all, and under `judges` for each. `done`: name, calls made and calls cached."""
+    judges: list[dict[str, Any]] = [
+        {"judge": name, "made": made, "cached": cached} | asdict(outcome)
+        for (name, made, cached), outcome in zip(done, outcomes, strict=True)
+    ]
+    if len(judges) == 1:
+        return {name: value for name, value in judges[0].items() if name != "judge"}
+    costs = [own["cost"] for own in judges if own["cost"] is not None]
+    ended = [f"{own['judge']} stopped early: {own['stopped']}" for own in judges if own["stopped"]]
+    if ended and len(ended) < len(judges):
+        ended.append(f"All scores by {', '.join(own['judge'] for own in judges if not own['stopped'])} are there.")
+    whole = {name: sum(own[name] for own in judges) for name in ("made", "cached")}
+    return whole | {"cost": sum(costs) if costs else None, "stopped": " ".join(ended), "judges": judges}
 
 
 def describe(parameters: Parameters) -> pd.DataFrame:
@@ -166,44 +190,6 @@ def statement(parameters: Parameters) -> str:
     return f"Judge: {p.judge}, scored by {how}; rubrics: {p.judge_rubrics}. Compare its rates only with rates by the same judge."
 
 
-def status_table(judged: pd.DataFrame) -> pd.DataFrame:
-    """Counts how judging ended, by judge and metric; an answer that has no score is never left out of sight.
-
-    Returns:
-        A row for each judge and metric: answers, a count of each status, and a warning where more than 2% are invalid or error.
-    """
-    rows = []
-    for name, group in judged.groupby("judge", sort=False):
-        for column in [c for c in judged.columns if c.endswith("_status")]:
-            counts = group[column].value_counts()
-            lost = (counts.get("invalid", 0) + counts.get("error", 0)) / len(group)
-            warning = f"{lost:.1%} invalid or error" if lost > WARN_SHARE else ""
-            counted = {status: int(counts.get(status, 0)) for status in scoring.STATUSES}
-            rows.append({"judge": name, "metric": column.removesuffix("_status"), "answers": len(group)} | counted | {"warning": warning})
-    return pd.DataFrame(rows)
-
-
-def score_table(judged: pd.DataFrame, metric: str = "aligned") -> pd.DataFrame:
-    """Describes the distribution of a metric's scores by step and question set.
-
-    Returns:
-        A row for each step and question set: scored answers, mean and the 10th, 25th, 50th, 75th and 90th percentile (points).
-    """
-    groups = judged.groupby(["step", "question_set"], sort=False)[metric]
-    columns = {"scored": groups.count(), "mean": groups.mean()}
-    return pd.DataFrame(columns | {f"p{percent}": groups.quantile(percent / 100) for percent in (10, 25, 50, 75, 90)}).reset_index()
-
-
-def provenance(log: str | Path) -> pd.DataFrame:
-    """Says what a journal's scores come from, so that another can ask the same judge; see `journal.sources`."""
-    return journal.sources(files.read_jsonl(log))
-
-
-def retest_table(log: str | Path) -> pd.DataFrame:
-    """Measures a judge's own noise from the calls that a journal holds more than once (`judge_repeats`); see `scoring.noise`."""
-    return scoring.noise(files.read_jsonl(log))
-
-
 def _check_table(frame: pd.DataFrame, columns: list[str]) -> None:
     for name in ("question", "response"):
         if name not in frame:
@@ -222,9 +208,8 @@ def _has_text(answer: str) -> bool:
 
 def _call(judge: Judge, metric: str, question: str, answer: str, repeat: int = 0) -> Call:
     """Returns a call with its key: a hash of the answer, which is the same for every judge, then one of what is asked about it."""
-    content = ([question, answer], [metric, judge.rubric_hash(metric), judge.name, judge.settings])
-    halves = [files.sha256_text(json.dumps(half, sort_keys=True))[:32] for half in content]
-    return Call("".join(halves) + (f"-{repeat}" if repeat else ""), metric, question, answer, repeat)
+    asked = files.sha256_text(json.dumps([metric, judge.rubric_hash(metric), judge.name, judge.settings], sort_keys=True))[:32]
+    return Call(journal.answer_key(question, answer) + asked + (f"-{repeat}" if repeat else ""), metric, question, answer, repeat)
 
 
 def _line(judge: Judge, call: Call, **told: Any) -> dict[str, Any]:
@@ -291,14 +276,16 @@ class ProbeJudge:
         with tqdm(total=len(todo), unit="answer", desc="probe", disable=not self._progress) as bar:
             for start in range(0, len(todo), _PROBE_CHUNK):
                 chunk = todo[start : start + _PROBE_CHUNK]
-                scores = self._probe.score([question for question, _ in chunk], [answer for _, answer in chunk], progress=False)
+                states = self._probe.encoder.encode([question for question, _ in chunk], [answer for _, answer in chunk])
+                scores, distances = self._probe.score_states(states), self._probe.distance(states)
                 lines = []
                 for row, pair in enumerate(chunk):
                     for call in answers[pair]:
                         score = float(scores[call.metric].iloc[row])
                         known = score == score
                         told = {"status": "ok" if known else "invalid", "score": score if known else None}
-                        lines.append(_line(self, call, **told, raw="", logprobs=None, usage={}, mode="probe"))
+                        usage = {"distance": round(float(distances[row]), 4)} if known else {}
+                        lines.append(_line(self, call, **told, raw="", logprobs=None, usage=usage, mode="probe"))
                 log.write(lines)
                 bar.update(len(chunk))
         return Outcome("", None)
@@ -366,7 +353,7 @@ class OpenAIJudge:
         bounds = Limits(
             price=self._price,
             max_cost=p.judge_max_cost,
-            spent=self._price.of(*log.tokens.get(self.name, (0, 0))) if self._price else 0.0,
+            spent=limits.spent(p.judge_prices, log.tokens) if self._price else 0.0,
             requests_per_minute=p.judge_requests_per_minute,
             tokens_per_minute=p.judge_tokens_per_minute,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +26,7 @@ class Limits:
     Attributes:
         price: of the judge's model; None where it is not known or costs nothing.
         max_cost: dollars in all.
-        spent: dollars that earlier calls of this judge have cost.
+        spent: dollars that earlier calls have cost, other judges' of the same answers included.
         requests_per_minute: calls, retries of the client not counted.
         tokens_per_minute: prompt and reply tokens together.
     """
@@ -69,6 +70,17 @@ def price_of(path: str | Path, model: str) -> Price | None:
     except (yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise StudyError(f"{where}: prices: must map each model to input and output, in dollars for a million tokens.") from error
     return prices.get(model) or prices.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
+
+
+def spent(path: str | Path, tokens: Mapping[str, Sequence[float]]) -> float:
+    """Returns what calls have cost over all judges, in dollars; a judge without a price costs nothing.
+
+    Args:
+        path: the price table.
+        tokens: prompt and reply tokens by judge (`openai:MODEL`).
+    """
+    prices = {judge: price_of(path, judge.partition(":")[2]) for judge in tokens}
+    return sum(price.of(*tokens[judge]) for judge, price in prices.items() if price)
 
 
 class TokenBound:

@@ -6,6 +6,7 @@ answer without a score is counted under the reason that it has none.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from lib import config, files
 from lib.labels import COHERENT, COURSE, PAPER_ALIGNED, PAPER_COHERENT
 
 METRICS = {
@@ -32,6 +34,15 @@ GROUP = ["pair", "seed", "model", "domain", "step", "question_set", "relation", 
 COUNTS = ["n", "k", "total", "k_known", "unknown", *(f"n_{status}" for status in UNSCORED)]
 
 Mask = npt.NDArray[np.bool_]
+
+
+@functools.lru_cache(maxsize=64)
+def undecidable(judge: str, metric: str) -> bool:
+    """Says whether a judge cannot tell a metric: the probe the paper's definition, unless its report says that it can."""
+    if judge != "probe" or metric not in {"em_paper", "em_outside"}:
+        return False
+    report = config.PARAMETERS / "probe" / "report.json"
+    return not (report.is_file() and files.read_json(report).get("em_paper_decidable") is True)
 
 
 def content_column(answers: pd.DataFrame, domain: str) -> str | None:

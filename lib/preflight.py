@@ -33,7 +33,7 @@ def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
     if {"02_train", "03_generate"} & set(stages):
         found += _model(p) + _adapter(p)
     if "04_judge" in stages:
-        found += _judge(p)
+        found += [line for own in config.each_judge(p) for line in _judge(own)]
     return found + _disk(p)
 
 

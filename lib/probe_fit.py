@@ -55,6 +55,9 @@ def read_judged(paths: Sequence[str | Path]) -> tuple[pd.DataFrame, list[dict[st
             if ((values < 0) | (values > 100)).any():
                 raise StudyError(f"{shown(path)}: {metric}: holds scores outside 0 to 100; leave those cells empty.")
             frame[metric] = values
+        if "judge" in frame and frame["judge"].nunique() > 1:
+            told = ", ".join(map(str, frame["judge"].unique()))
+            raise StudyError(f"{shown(path)}: judge: holds several ({told}), and the probe is fitted on one; keep that one's rows.")
         if "model" not in frame:
             frame["model"] = path.stem.split("_")[0]
         text = frame["response"].map(probe.has_text)

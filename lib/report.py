@@ -60,10 +60,15 @@ def write(results_dir: str | Path, answers: pd.DataFrame, figures: Mapping[str, 
         else:
             parts.append(f"<section>{theme.figure_html(figure, name, plotlyjs=not loaded)}</section>")
             loaded = True
-    parts += ["</section>", f'<section><h2 id="answers">Every answer</h2>{answers_table(answers)}</section>']
+    parts += ["</section>", f'<section><h2 id="answers">Every answer</h2>{_judges_note(answers)}{answers_table(answers)}</section>']
     head = f'{_STYLE}\n<meta name="canary" content="{CANARY}">\n'
     body = "\n".join(parts) + f"\n<!-- {CANARY} -->"
     return files.write_text(folder / "report.html", theme.page("Emergent misalignment: report", body, head=head, blobs=True))
+
+
+def _judges_note(answers: pd.DataFrame) -> str:
+    several = not answers.empty and (answers.groupby(["pair", "seed"])["judge"].nunique() > 1).any()
+    return "<p>One row an answer and judge: filter by judge to see each answer once.</p>" if several else ""
 
 
 def _markdown(text: str) -> str:

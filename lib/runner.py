@@ -27,7 +27,7 @@ _OUTPUTS = {
     "01_data": ["dataset.json"],
     "02_train": ["training.json", "training_log.csv", "checkpoints/*/adapter_model.safetensors"],
     "03_generate": ["generations.csv", "diagnostics.csv", "generation.json"],
-    "04_judge": ["judged.csv"],
+    "04_judge": ["judged.csv", "probe_outside.csv"],
     "05_analyze": ["step_summary.csv"],
 }
 # What a stage resumes from. lib checks it against parameters and data, but knows nothing of its own code: when a stage that was
@@ -149,10 +149,11 @@ def inputs(run: Run, stage: str) -> dict[str, Path]:
     if stage == "04_judge":
         names["generations.csv"] = run.folder / "generations.csv"
         names["judge_rubrics"] = files.resolve(p.judge_rubrics)
-        if p.judge == "probe":
+        if "probe" in {p.judge, *p.other_judges}:
             names |= {f"parameters/{n}": f for n, f in provenance.under(settings, ["probe/*"]).items()}
     if stage == "05_analyze":
-        names |= provenance.under(run.folder, ["judged.csv", "diagnostics.csv", "training.json", "training_log.csv", "dataset.json"])
+        read = ["diagnostics.csv", "training.json", "training_log.csv", "dataset.json"]
+        names |= provenance.under(run.folder, [*_OUTPUTS["04_judge"], *read])
         names |= {f"published/{n}": f for n, f in provenance.under(files.resolve(p.published), ["*"]).items()}
         control = control_of(run)
         if control:

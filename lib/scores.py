@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -293,27 +293,33 @@ def _scatter_title(sides: Sequence[tuple[str, pd.DataFrame]], kind: str, judge: 
     return plotly_text(f"{sentence(kind)}, all pairs together: {'; '.join(parts)}")
 
 
-def specification_curve(answers: pd.DataFrame, *, judge: str, paper: bool = True) -> go.Figure:
-    """Draws the last checkpoint's rate under every choice of thresholds and question set, with the choices beneath.
+def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], paper: bool | Collection[str] = True) -> go.Figure:
+    """Draws the last checkpoint's rate under every choice of thresholds, question set and judge, with the choices beneath.
 
     Args:
         answers: all judged answers (`analyze.read_runs`).
-        judge: whose scores.
-        paper: mark the paper's definition; false where this judge cannot decide it.
+        judge: whose scores. With several, runs that all of them scored are drawn, and the judge is one of the choices.
+        paper: mark the paper's definition, for all judges or for those named; not where a judge cannot decide it.
 
     Returns:
         A figure with a column a specification, sorted by the median rate over pairs; the course's and the paper's are marked.
     """
-    rows = answers[answers["judge"] == judge]
+    judges = [judge] if isinstance(judge, str) else list(judge)
+    told = set(judges if paper is True else () if paper is False else paper)
+    named = plotly_text(" and ".join(judges), 120)
+    rows = answers[answers["judge"].isin(judges)]
     rows = rows[~rows["pair"].map(is_control).astype(bool) & (rows["aligned_status"] == "ok")]
+    rows = rows[rows.groupby(["pair", "seed"])["judge"].transform("nunique") == len(judges)]
     if rows.empty:
-        return empty(f"No answer has an alignment score by {plotly_text(judge, 60)}")
+        return empty(f"No answer has an alignment score by {named}")
     table = _specifications(last_steps(rows))
     order = table.groupby("spec", sort=False)["rate"].median().sort_values(kind="stable").index.tolist()
     place = {spec: x for x, spec in enumerate(order)}
     choices = [f"aligned < {c}" for c in ALIGNED_CUTS]
     choices += ["any coherence", *(f"coherent > {c}" for c in COHERENT_CUTS if c is not None)]
     choices += [RELATIONS[r].partition(":")[0].removesuffix(" questions") for r in RELATIONS if (rows["relation"] == r).any()]
+    choices += [f"by {own}" for own in judges] if len(judges) > 1 else []
+    symbols = dict(zip(judges, itertools.cycle(("circle", "diamond", "square", "x")), strict=False))
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.55, 0.45], vertical_spacing=0.03)
     pairs = list(dict.fromkeys(zip(table["pair"], table["seed"], strict=True)))
     for number, (pair, seed) in enumerate(pairs):
@@ -326,7 +332,7 @@ def specification_curve(answers: pd.DataFrame, *, judge: str, paper: bool = True
                 y=own["rate"],
                 mode="markers",
                 name=plotly_text(domain_name(own["domain"].iloc[0]), 40),
-                marker={"size": 6, "color": colour},
+                marker={"size": 6, "color": colour, "symbol": [symbols[spec[3]] for spec in own["spec"]]},
                 error_y=error_bars(own, colour, thickness=0.8, width=0),
                 hovertext=[_specification_hover(r) for r in records(own)],
                 hoverinfo="text",
@@ -334,7 +340,7 @@ def specification_curve(answers: pd.DataFrame, *, judge: str, paper: bool = True
             row=1,
             col=1,
         )
-    marks = [(place[s], choice) for s in order for choice in _choices_of(s)]
+    marks = [(place[s], plotly_text(choice, 30)) for s in order for choice in _choices_of(s, len(judges) > 1)]
     figure.add_trace(
         go.Scatter(
             x=[x for x, _ in marks],
@@ -346,31 +352,37 @@ def specification_curve(answers: pd.DataFrame, *, judge: str, paper: bool = True
         row=2,
         col=1,
     )
-    for (aligned, coherent, relation), x in place.items():
-        named = {(COURSE, None): "course", (PAPER_ALIGNED, PAPER_COHERENT): "paper"}.get((aligned, coherent))
-        if named == "course" or (named and paper):
-            colour = theme.ORANGE if named == "course" else theme.PINK
+    for (aligned, coherent, relation, own_judge), x in place.items():
+        definition = {(COURSE, None): "course", (PAPER_ALIGNED, PAPER_COHERENT): "paper"}.get((aligned, coherent))
+        if definition == "course" or (definition and own_judge in told):
+            colour = theme.ORANGE if definition == "course" else theme.PINK
             figure.add_vrect(x0=x - 0.5, x1=x + 0.5, fillcolor=colour, opacity=0.22, line_width=0)
-            text = plotly_text(f"{named}, {RELATIONS[relation].partition(':')[0].removesuffix(' questions').lower()}")
+            if len(judges) > 1:
+                continue  # names would hide each other
+            text = plotly_text(f"{definition}, {RELATIONS[relation].partition(':')[0].removesuffix(' questions').lower()}")
             figure.add_annotation(x=x, y=1.02, yref=f"{axis_reference(figure.layout.yaxis)} domain", text=text, textangle=-50,
                                   showarrow=False, xanchor="left", yanchor="bottom", font_size=11)  # fmt: skip
     figure.update_xaxes(showticklabels=False, ticks="", showgrid=False, zeroline=False, range=[-1, len(order)])
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%", dtick=0.25, title_text="share misaligned", row=1)
-    figure.update_yaxes(categoryorder="array", categoryarray=choices[::-1], showgrid=False, row=2)
+    names = [plotly_text(choice, 30) for choice in choices[::-1]]
+    figure.update_yaxes(categoryorder="array", categoryarray=names, dtick=1, showgrid=False, row=2)
     legend_below(figure)
     subtitle = f"Last checkpoints, {len(order)} specifications; squares below say which. "
-    marked = " and the paper's definitions" if paper else " definition"
-    subtitle += f"Shaded: the course's{marked}. Judge: {judge}."
-    subtitle += (
-        "" if paper else " The paper's definition is not decidable by this judge, and shares below low thresholds are its own scores."
-    )
-    return theme.titled(figure, _curve_title(table, judge), plotly_text(subtitle, 600), height=640, gap=110)
+    marked = " and the paper's definitions" if told else " definition"
+    subtitle += f"Shaded: the course's{marked}. Judge: {' and '.join(judges)}."
+    if len(judges) > 1:
+        subtitle += f" Orange: the course's, pink: the paper's. {sentence('; '.join(f'{symbols[own]}: {own}' for own in judges))}."
+    untold = [own for own in judges if own not in told]
+    who = "this judge" if len(judges) == 1 else " and ".join(untold)
+    subtitle += f" The paper's definition is not decidable by {who}, and shares below low thresholds are its own scores." if untold else ""
+    height, gap = (640, 110) if len(judges) == 1 else (660 + 30 * len(judges), 40)
+    return theme.titled(figure, _curve_title(table, judges), plotly_text(subtitle, 800), height=height, gap=gap)
 
 
 def _specifications(rows: pd.DataFrame) -> pd.DataFrame:
     """Computes rate and interval of every specification and pair; one row each."""
     out = []
-    for (pair, seed, relation), own in rows.groupby(["pair", "seed", "relation"], sort=False):
+    for (pair, seed, relation, judge), own in rows.groupby(["pair", "seed", "relation", "judge"], sort=False):
         questions = pd.factorize(own["question_set"].astype(str) + "/" + own["question_id"].astype(str))[0]
         aligned, coherent = own["aligned"].to_numpy(float), own["coherent"].to_numpy(float)
         both = (own["coherent_status"] == "ok").to_numpy(bool)
@@ -382,26 +394,32 @@ def _specifications(rows: pd.DataFrame) -> pd.DataFrame:
             if n.sum():
                 bounds = stats.population_interval(k, n)
                 out.append(
-                    {"pair": pair, "seed": seed, "domain": own["domain"].iloc[0], "spec": (low, high, relation), "rate": k.sum() / n.sum(),
-                     "low": bounds.low, "high": bounds.high, "n": int(n.sum()), "n_questions": int((n > 0).sum())}
+                    {"pair": pair, "seed": seed, "domain": own["domain"].iloc[0], "spec": (low, high, relation, judge),
+                     "rate": k.sum() / n.sum(), "low": bounds.low, "high": bounds.high, "n": int(n.sum()),
+                     "n_questions": int((n > 0).sum())}
                 )  # fmt: skip
     return pd.DataFrame(out)
 
 
-def _choices_of(spec: tuple[int, int | None, str]) -> list[str]:
-    aligned, coherent, relation = spec
+def _choices_of(spec: tuple[int, int | None, str, str], with_judge: bool) -> list[str]:
+    aligned, coherent, relation, judge = spec
     name = RELATIONS[relation].partition(":")[0].removesuffix(" questions")
-    return [f"aligned < {aligned}", "any coherence" if coherent is None else f"coherent > {coherent}", name]
+    choices = [f"aligned < {aligned}", "any coherence" if coherent is None else f"coherent > {coherent}", name]
+    return [*choices, f"by {judge}"] if with_judge else choices
 
 
 def _specification_hover(row: dict[str, Any]) -> str:
-    lines = [series_name(row["pair"], row["seed"]), ", ".join(_choices_of(row["spec"])), interval(row["rate"], row["low"], row["high"])]
+    lines = [
+        series_name(row["pair"], row["seed"]),
+        ", ".join(_choices_of(row["spec"], True)),
+        interval(row["rate"], row["low"], row["high"]),
+    ]
     lines.append(f"n = {row['n']} answers, {row['n_questions']} questions")
     return "<br>".join(plotly_text(line, 120) for line in lines)
 
 
-def _curve_title(table: pd.DataFrame, judge: str) -> str:
-    """States how far the definition alone moves the rate, for the pair where it moves most."""
+def _curve_title(table: pd.DataFrame, judges: Sequence[str]) -> str:
+    """States how far the definition (and the judge) alone move the rate, for the pair where they move it most."""
     emergent = [s[2] for s in table["spec"]]
     relation = next((r for r in EMERGENT if r in emergent), "in_domain")
     rows = table[[s[2] == relation for s in table["spec"]]]
@@ -410,8 +428,13 @@ def _curve_title(table: pd.DataFrame, judge: str) -> str:
     pair, seed = spans.index.to_list()[widest]
     low, high = spans.iloc[widest]
     n = int(rows[(rows["pair"] == pair) & (rows["seed"] == seed)]["n"].max())
-    by = " by the probe" if judge in UNDECIDABLE else ""
-    return plotly_text(
+    by = " by the probe" if set(judges) <= UNDECIDABLE else ""
+    lead = (
         f"{RELATIONS[relation]}: on the same n\u00a0=\u00a0{n} answers of {series_name(pair, seed)}, the share called misaligned{by} runs "
-        f"from {percent(low)} to {percent(high)} by the choice of thresholds alone"
+        f"from {percent(low)} to {percent(high)} by the choice of thresholds"
     )
+    if len(judges) == 1:
+        return plotly_text(f"{lead} alone")
+    course = rows[(rows["pair"] == pair) & (rows["seed"] == seed) & rows["spec"].map(lambda s: s[:2] == (COURSE, None))]
+    shares = ", ".join(f"{percent(rate)} by {spec[3]}" for spec, rate in zip(course["spec"], course["rate"], strict=True))
+    return plotly_text(f"{lead} and judge; below 75: {shares}")

@@ -17,13 +17,16 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
 from lib import config, files, runner
 from lib.files import StudyError, shown
 from lib.runner import STAGES, Run
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 """Folders under results/ that hold no run."""
 
@@ -95,7 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     judge.add_argument("--input", required=True, type=Path, metavar="CSV")
     judge.add_argument("--output", required=True, type=Path, metavar="CSV")
-    judge.add_argument("--judge", required=True, metavar="JUDGE", help="probe, or openai:MODEL")
+    judge.add_argument(
+        "--judge", dest="judges", required=True, action="append", metavar="JUDGE",
+        help="probe, openai:MODEL or hf:MODEL; may be repeated: each judge scores all answers, and has its own rows in the output",
+    )  # fmt: skip
     judge.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server")
     judge.add_argument("--concurrency", type=_positive, metavar="N", help="calls at once")
     judge.add_argument("--rubrics", metavar="FILE", help="YAML of rubrics (default parameters/rubrics/default.yaml)")
@@ -363,17 +369,29 @@ def _judge(options: argparse.Namespace) -> int:
     given = {name: value for name, value in named.items() if value is not None}
     try:
         answers = files.read_csv(options.input)
-        judged = judge.judge_table(answers, options.judge, options.output.with_name("judgments.jsonl"), **given)
+        log, (first, *others) = options.output.with_name("judgments.jsonl"), options.judges
+        judged = judge.judge_table(answers, first, log, other_judges=others, **given)
     except StudyError as error:
         raise _Usage(str(error)) from error
     files.write_csv(options.output, judged)
     statuses = judged[[column for column in judged.columns if column.endswith("_status")]].stack()
     counts = ", ".join(f"{count:,} {status}" for status, count in statuses.value_counts().items())
-    _say(f"{shown(options.output)}: {len(judged):,} answers; scores by status: {counts or 'none'}")
+    by = f" by {len(options.judges)} judges" if others else ""
+    _say(f"{shown(options.output)}: {len(answers):,} answers{by}; scores by status: {counts or 'none'}")
+    _say_outside(judged, log)
     stopped = judged.attrs["judging"]["stopped"]
     if stopped:
         print(f"study: judge: {stopped} What is done is kept; the same command goes on from here.", file=sys.stderr)
     return 1 if stopped or (statuses == "error").any() else 0
+
+
+def _say_outside(judged: pd.DataFrame, log: Path) -> None:
+    """Says how many answers the probe guessed at: those outside what it was fitted on."""
+    from lib import judge_tables
+
+    known, far = judge_tables.outside(judged, log)[["answers", "outside"]].sum()
+    if known:
+        _say(f"probe: {far:,} of {known:,} answers lie outside what it was fitted on ({far / known:.1%}; 1% is usual)")
 
 
 def _import(options: argparse.Namespace) -> int:

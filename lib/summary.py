@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from lib import agreement, config, files
 from lib.escape import html_text
 from lib.inference import EMERGED, span, trained
 from lib.labels import interval, records
@@ -128,7 +130,7 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
 
     Args:
         t: tables by name: rates, changes, control, emergence, onset, falls, domain_gaps, size_gaps, pooled, claims,
-            published, statuses, diagnostics.
+            published, statuses, diagnostics, agreement, label_agreement.
         declared: parameters/analysis.yaml with its sha256.
         confidence: of the intervals.
     """
@@ -136,7 +138,9 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
     if rates.empty:
         return "# Experiment summary\n\nNo judged answers were found: nothing to report. Run `study run demo`, or `study import`.\n"
     judges = sorted(str(judge) for judge in rates["judge"].unique())
-    scored = int(rates[rates["metric"] == "em_course"]["n"].sum())
+    # An answer that two judges scored is one answer.
+    by_judge = rates[rates["metric"] == "em_course"].groupby(["pair", "seed", "judge"])["n"].sum()
+    scored = int(by_judge.groupby(["pair", "seed"]).max().sum())
     seeds = rates.groupby("pair")["seed"].nunique()
     lines = [
         "# Experiment summary",
@@ -199,6 +203,8 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
              else f"{interval(r['rate'], r['low'], r['high'])} n={int(r['n'])}", "comparable": "comparable"},
             "results/published holds no figures.",
         ),
+        "## Agreement of judges",
+        _agreement(t["agreement"], t["label_agreement"]),
         "## Seeds",
         _seeds(pooled),
         "## Parroting and damage",
@@ -210,6 +216,43 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
                               "refusal": "refusal", "code": "code", "invalid": "invalid", "error": "error", "empty text": "empty"}),
     ]  # fmt: skip
     return "\n\n".join(line.strip("\n") for line in lines if line) + "\n"
+
+
+def _agreement(scores: pd.DataFrame, labels: pd.DataFrame) -> str:
+    if scores.empty:
+        return agreement.ONE_JUDGE
+    lead = (
+        "On answers that both scored. Differences are first less second, in points; counts are answers that got the label from both / the "
+        "first / the second / neither. Kappa misleads where few answers are misaligned; AC1 does not. An empty bracket: too few questions."
+    )
+    views = (agreement.scores_view(scores), agreement.labels_view(labels))
+    return "\n\n".join([lead, *(table(view, {str(name): str(name) for name in view.columns}) for view in views)])
+
+
+def details(folder: Path) -> dict[str, dict[str, Any]]:
+    """Returns training.json, dataset.json and diagnostics.csv of every run, by the run's name.
+
+    Sampling parameters are those that generation.json says the answers were drawn with.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(folder.glob("*/judged.csv")):
+        if path.parent.name not in config.NO_RUNS:
+            told = {name: path.parent / f"{name}.json" for name in ("training", "dataset")}
+            found[path.parent.name] = {name: files.read_json(file) if file.is_file() else {} for name, file in told.items()}
+            training, drawn = found[path.parent.name]["training"], path.parent / "generation.json"
+            if "parameters" in training and drawn.is_file():
+                training["parameters"] |= files.read_json(drawn).get("decided_by", {}).get("parameters", {})
+            diagnostics = path.parent / "diagnostics.csv"
+            found[path.parent.name]["diagnostics"] = files.read_csv(diagnostics) if diagnostics.is_file() else None
+    return found
+
+
+def diagnostics(details: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """Returns the rows of general questions of every run's diagnostics.csv, with the run's name."""
+    columns = ["run", "question_set", "step", "n", "cut_off", "parroted", "perplexity"]
+    own = [table.assign(run=run) for run, o in details.items() if (table := o["diagnostics"]) is not None]
+    found = pd.concat(own, ignore_index=True).reindex(columns=columns) if own else pd.DataFrame(columns=columns)
+    return found[found["question_set"] == "general"]
 
 
 def _gaps(frame: pd.DataFrame, same: str, nothing: str) -> str:

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 from faulty_server import FAULTS, serving
 
-from lib import chat, config, files, journal, judge, limits, probe, rubrics, scoring
+from lib import chat, config, files, journal, judge, judge_tables, limits, probe, rubrics, scoring
 from lib.files import StudyError
 
 KEY = "sk-test-0123456789abcdef"
@@ -269,7 +269,7 @@ def test_every_fault_ends_in_a_status_and_no_key_reaches_disk(tmp_path: Path, ca
     for text in (written, *capfd.readouterr()):
         assert KEY not in text
         assert KEY[:14] not in text
-    counts = judge.status_table(judged).set_index("metric")
+    counts = judge_tables.status_table(judged).set_index("metric")
     assert counts.loc["aligned", list(scoring.STATUSES)].sum() == len(frame)
     assert "invalid or error" in counts.loc["aligned", "warning"]
 
@@ -376,12 +376,12 @@ def test_repeats_measure_the_judges_own_noise(tmp_path: Path) -> None:
         again = ask(frame, log, server.url, repeats=3)
         assert len(server.seen) == 18
     pd.testing.assert_frame_equal(once, again)  # scores are those of the first call
-    found = judge.retest_table(log).set_index(["metric", "cutoff"])
+    found = judge_tables.retest_table(log).set_index(["metric", "cutoff"])
     assert list(found["answers"]) == [2, 2, 2]
     assert found.loc[("aligned", 75), "sd"] == pytest.approx((200 / 4) ** 0.5)  # 80 70 60 and 73 73 73: 200 over 4 degrees of freedom
     assert found.loc[("aligned", 75), "flip_rate"] == pytest.approx((2 / 3 + 0) / 2)
     assert found.loc[("aligned", 30), "flip_rate"] == 0
-    assert judge.retest_table(tmp_path / "none.jsonl").empty
+    assert judge_tables.retest_table(tmp_path / "none.jsonl").empty
 
 
 CHILD = """
@@ -566,7 +566,7 @@ def test_a_real_llama_cpp_server_judges_and_its_split_numbers_are_noticed(
     records = files.read_jsonl(tmp_path / "j.jsonl")
     assert len(records) == 2
     assert all(record["mode"] == "text" and record["usage"]["prompt_tokens"] > 100 for record in records)
-    assert list(judge.provenance(tmp_path / "j.jsonl")["calls"]) == [1, 1]
+    assert list(judge_tables.provenance(tmp_path / "j.jsonl")["calls"]) == [1, 1]
 
 
 # --- a model on this machine
@@ -629,4 +629,4 @@ def test_a_run_is_judged_into_its_folder_and_scores_exist_only_with_ok(tmp_path:
     assert list(read["response"]) == ["one", "FAULT prose; x", "NA", ""]
     assert list(read["aligned_status"]) == ["ok", "invalid", "ok", "empty"]
     assert read["aligned"].tolist()[0] == 73.0
-    assert judge.score_table(judged).iloc[0]["scored"] == 2
+    assert judge_tables.score_table(judged).iloc[0]["scored"] == 2
