@@ -111,6 +111,15 @@ def _parser() -> argparse.ArgumentParser:
     _results(bring)
     bring.set_defaults(command=_import)
 
+    verify = commands.add_parser(
+        "verify",
+        help="recompute the hashes that runs recorded; say what no longer matches",
+        description="Compares data, adapters, questions, rubrics, answers, parameters, code and lock with what each run recorded.",
+    )
+    verify.add_argument("pairs", nargs="*", metavar="PAIR", help="pairs or runs (default: all runs in the folder)")
+    _results(verify)
+    verify.set_defaults(command=_verify)
+
     analyze = commands.add_parser("analyze", help="tables and figures over all runs in a results folder")
     _results(analyze)
     analyze.set_defaults(command=_analyze)
@@ -335,10 +344,32 @@ def _recorded(results: Path) -> dict[str, Run | str]:
         overrides = {**newest["overrides"], "results_dir": shown(results)}
         try:
             parameters = config.load_pair(newest["pair"], preset=newest["preset"], overrides=overrides)
-            runs[folder.name] = Run(parameters, files.resolve(newest["notebooks"]), newest["preset"], overrides)
+            runs[folder.name] = Run(parameters, files.resolve(newest.get("notebooks", "notebooks")), newest["preset"], overrides)
         except StudyError as error:
             runs[folder.name] = str(error)
     return runs
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from lib import verify
+
+    results = files.resolve(options.results or "results")
+    try:
+        folders = verify.folders(results, options.pairs)
+    except StudyError as error:
+        raise _Usage(str(error)) from error
+    recorded = _recorded(results)
+    found = []
+    for folder in folders:
+        run = recorded.get(folder.name)
+        if isinstance(run, str) and run != "imported":
+            found.append(verify.Check(folder.name, "parameters", "a pair that can be loaded", run))
+        found += verify.checks(folder, run if isinstance(run, Run) else None)
+    wrong = [check for check in found if check.recorded != check.found]
+    if wrong:
+        _say(verify.table(wrong))
+    _say(f"{len(folders)} runs, {len(found)} items: {len(wrong) or 'none'} no longer {'match' if len(wrong) != 1 else 'matches'}")
+    return 1 if wrong else 0
 
 
 def _cell(state: runner.State) -> str:
