@@ -111,6 +111,17 @@ def _parser() -> argparse.ArgumentParser:
     _results(bring)
     bring.set_defaults(command=_import)
 
+    new = commands.add_parser("new", help="write parameters/NAME.yaml for a model and data of your own")
+    new.add_argument("name", metavar="NAME", help="of the pair; `study run NAME` then runs it")
+    new.add_argument("--model", required=True, metavar="M", help="a Hub id, or a folder of safetensors")
+    new.add_argument("--data", required=True, type=Path, metavar="JSONL", help="chat rows: messages of user and assistant")
+    new.add_argument("--domain", default="custom", choices=config.DOMAINS, help="default custom")
+    new.add_argument(
+        "-p", "--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="another parameter; may be repeated"
+    )
+    new.add_argument("--force", action="store_true", help="replace a pair of your own")
+    new.set_defaults(command=_new, results=None)
+
     verify = commands.add_parser(
         "verify",
         help="recompute the hashes that runs recorded; say what no longer matches",
@@ -348,6 +359,18 @@ def _recorded(results: Path) -> dict[str, Run | str]:
         except StudyError as error:
             runs[folder.name] = str(error)
     return runs
+
+
+def _new(options: argparse.Namespace) -> int:
+    from lib import newpair
+
+    sets = _overrides(options)
+    try:
+        path, made = newpair.write(options.name, options.model, options.data, options.domain, sets=sets, force=options.force)
+    except StudyError as error:
+        raise _Usage(str(error)) from error
+    _say(f"{shown(path)}: written, {made.expected_rows:,} rows; judge: {made.judge}. Look it through, then `study run {made.pair}`.")
+    return 0
 
 
 def _verify(options: argparse.Namespace) -> int:
