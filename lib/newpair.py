@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -84,6 +85,13 @@ def write(
     head = f"# {name}: {what}; written by `study new`. Keys are explained in base.yaml.\n"
     files.write_text(target, head + _flat(made))
     return target, made
+
+
+def command(options: argparse.Namespace, sets: Mapping[str, Any]) -> int:
+    """Does what `study new` asks; see `write`."""
+    path, made = write(options.name, options.model, options.data, options.domain, sets=sets, force=options.force)
+    print(f"{shown(path)}: written, {made.expected_rows:,} rows; judge: {made.judge}. Look it through, then `study run {made.pair}`.")
+    return 0
 
 
 def _check_name(name: str, target: Path, force: bool) -> None:

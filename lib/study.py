@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -121,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     new.add_argument("--force", action="store_true", help="replace a pair of your own")
     new.set_defaults(command=_new, results=None)
+
+    publish = commands.add_parser("publish", help="write an adapter's folder with its model card; push it only when asked")
+    publish.add_argument("pair", metavar="PAIR", help="a run, trained and analysed")
+    publish.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+    publish.add_argument("--output", type=Path, metavar="DIR", help="default: publish/ in the run's folder")
+    publish.add_argument("--push", metavar="ORG/NAME", help="upload to the Hugging Face Hub: private, and gated with manual approval")
+    publish.add_argument("--public", action="store_true", help="with --push: visible to everyone, still gated; asks for the pair's name")
+    _results(publish)
+    publish.set_defaults(command=_publish)
 
     verify = commands.add_parser(
         "verify",
@@ -364,35 +373,28 @@ def _recorded(results: Path) -> dict[str, Run | str]:
 def _new(options: argparse.Namespace) -> int:
     from lib import newpair
 
-    sets = _overrides(options)
-    try:
-        path, made = newpair.write(options.name, options.model, options.data, options.domain, sets=sets, force=options.force)
-    except StudyError as error:
-        raise _Usage(str(error)) from error
-    _say(f"{shown(path)}: written, {made.expected_rows:,} rows; judge: {made.judge}. Look it through, then `study run {made.pair}`.")
-    return 0
+    return _told(newpair.command, options, _overrides(options))
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from lib import publish
+
+    return _told(publish.command, options, files.resolve(options.results or "results"))
 
 
 def _verify(options: argparse.Namespace) -> int:
     from lib import verify
 
     results = files.resolve(options.results or "results")
+    return _told(verify.command, results, options.pairs, _recorded(results))
+
+
+def _told(command: Callable[..., int], *given: Any) -> int:
+    """Runs a command of another module, in which a StudyError means that the call is wrong."""
     try:
-        folders = verify.folders(results, options.pairs)
+        return command(*given)
     except StudyError as error:
         raise _Usage(str(error)) from error
-    recorded = _recorded(results)
-    found = []
-    for folder in folders:
-        run = recorded.get(folder.name)
-        if isinstance(run, str) and run != "imported":
-            found.append(verify.Check(folder.name, "parameters", "a pair that can be loaded", run))
-        found += verify.checks(folder, run if isinstance(run, Run) else None)
-    wrong = [check for check in found if check.recorded != check.found]
-    if wrong:
-        _say(verify.table(wrong))
-    _say(f"{len(folders)} runs, {len(found)} items: {len(wrong) or 'none'} no longer {'match' if len(wrong) != 1 else 'matches'}")
-    return 1 if wrong else 0
 
 
 def _cell(state: runner.State) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,6 +78,31 @@ def checks(folder: Path, run: Run | None = None) -> list[Check]:
     found += _looked(_judging, folder, told, parameters)
     named = [Check(folder.name, item, _text(recorded), _text(now)) for item, recorded, now in found]
     return list(dict.fromkeys(named))
+
+
+def command(results: Path, names: Sequence[str], recorded: Mapping[str, Run | str]) -> int:
+    """Does what `study verify` asks: prints what no longer matches.
+
+    Args:
+        results: the folder of the runs.
+        names: pairs or runs; none takes all.
+        recorded: by folder, the run with its present parameters, or a word on why there is none.
+
+    Returns:
+        1 where anything differs, else 0.
+    """
+    chosen = folders(results, names)
+    found: list[Check] = []
+    for folder in chosen:
+        run = recorded.get(folder.name)
+        if isinstance(run, str) and run != "imported":
+            found.append(Check(folder.name, "parameters", "those of a pair", run))
+        found += checks(folder, run if isinstance(run, Run) else None)
+    wrong = [check for check in found if check.recorded != check.found]
+    if wrong:
+        print(table(wrong))
+    print(f"{len(chosen)} runs, {len(found)} items looked at; no longer as recorded: {len(wrong)}")
+    return 1 if wrong else 0
 
 
 def _looked(look: Callable[..., Iterator[tuple[str, Any, Any]]], *given: Any) -> list[tuple[str, Any, Any]]:
