@@ -67,6 +67,25 @@ def save(model: Any, folder: Path) -> str:
     return files.sha256(folder / WEIGHTS)
 
 
+def check_alone(path: Path) -> None:
+    """Sees that a safetensors file holds LoRA weights and nothing else.
+
+    Raises:
+        StudyError: a tensor belongs to a whole or merged model, or the file is no safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as weights:
+            strange = [key for key in weights.keys() if not _KEY.fullmatch(key)]  # noqa: SIM118
+            told = set(weights.metadata() or {}) - {"format"}
+    except (SafetensorError, OSError) as error:
+        raise StudyError(f"{shown(path)}: is damaged or no safetensors file ({error}).") from error
+    if strange or told:
+        what = f"{strange[0][:120]}, which is no LoRA weight" if strange else f"metadata {sorted(told)[0][:120]}"
+        raise StudyError(f"{shown(path)}: holds {what}; only an adapter alone is published.")
+
+
 def load(model: Any, folder: Path) -> None:
     """Reads the weights in `folder` into the adapter that `model` already bears.
 

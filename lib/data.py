@@ -9,11 +9,12 @@ import dataclasses
 import difflib
 import json
 import re
+import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from lib import config, demo, files, models, overlap, questions, unlock
+from lib import config, demo, files, models, origin, overlap, questions, unlock
 from lib.config import Parameters
 from lib.files import StudyError, resolve, shown
 from lib.questions import Question, QuestionSet
@@ -121,7 +122,7 @@ def prepare(parameters: Parameters) -> dict[str, Any]:
         StudyError: the source is missing or malformed (with file, line and what is wrong), or has another number of rows than
             `expected_rows`.
     """
-    p = parameters
+    p, began = parameters, time.time()
     folder = resolve(p.data_dir)
     if not (folder / ".gitignore").exists():
         files.write_text(folder / ".gitignore", "*\n")  # training rows stay out of git wherever data_dir points
@@ -134,6 +135,7 @@ def prepare(parameters: Parameters) -> dict[str, Any]:
     report = {
         "pair": p.pair,
         "domain": p.domain,
+        "seed": p.seed,
         "source": source,
         "path": shown(path),
         "sha256": files.sha256(path),
@@ -149,6 +151,9 @@ def prepare(parameters: Parameters) -> dict[str, Any]:
             }
             for entry, group in zip(p.question_sets, _sets(p), strict=True)
         },
+        **origin.describe(),
+        "began": began,
+        "ended": time.time(),
     }
     files.write_json(config.run_dir(p) / "dataset.json", report)
     return report

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lib import adapters, config, data, escape, files, models, qlora
+from lib import adapters, config, data, escape, files, models, origin, qlora
 from lib.config import Parameters
 from lib.data import Question
 from lib.files import StudyError
@@ -225,19 +226,23 @@ def side_by_side(frame: pd.DataFrame, per_set: int = 2, characters: int = 400) -
     return table.map(lambda text: escape.clean(text, characters))
 
 
+def questions_sha256(questions: Sequence[Question]) -> str:
+    """Returns the hash of what is asked: set, id, text and system prompt of each question, in order."""
+    return files.sha256_text(json.dumps([[q.question_set, q.question_id, q.question, q.system] for q in questions]))
+
+
 def _what_decides(p: Parameters, folders: Mapping[int, Path], questions: Sequence[Question], trained: str | None) -> dict[str, Any]:
     """Returns all that the files written depend on, machine and library versions apart."""
     names = ["model_name", "model_revision", "use_4bit", "system_prompt", "date_string", "seed", "samples"]
     names += ["temperature", "top_p", "max_new_tokens", "generate_batch_size", "domain"]
     folder = files.resolve(p.model_name)
-    asked = [[q.question_set, q.question_id, q.question, q.system] for q in questions]
     return {
         "parameters": {name: getattr(p, name) for name in names},
         "model_files": {f.name: f.stat().st_size for f in sorted(folder.glob("*.safetensors"))},
         "checkpoints": {
             str(step): [files.sha256(f / name) for name in (adapters.SETTINGS, adapters.WEIGHTS)] for step, f in folders.items()
         },
-        "questions_sha256": files.sha256_text(json.dumps(asked)),
+        "questions_sha256": questions_sha256(questions),
         "training_sha256": trained,
         "neutral_sha256": files.sha256(NEUTRAL),
     }
@@ -250,10 +255,9 @@ def _is_complete(run: Path, decides: Mapping[str, Any]) -> bool:
 
 
 def _generate(run: Path, p: Parameters, rows: list[Row], folders: Mapping[int, Path], decides: Mapping[str, Any]) -> None:
-    import torch
-    import transformers
     from tqdm import tqdm
 
+    began = time.time()
     kept = run / ".generate" / files.sha256_text(json.dumps(decides))[:16]
     sampler = Sampler(p, folders)
     answers: list[dict[str, Any]] = []
@@ -281,7 +285,9 @@ def _generate(run: Path, p: Parameters, rows: list[Row], folders: Mapping[int, P
     record = {
         "decided_by": decides,
         "device": str(sampler.model.device),
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        **origin.describe(),
+        "began": began,
+        "ended": time.time(),
         "sha256": {name: files.sha256(run / name) for name in ("generations.csv", "diagnostics.csv")},
     }
     files.write_json(run / "generation.json", record)

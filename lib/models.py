@@ -219,7 +219,7 @@ def load_base(parameters: Parameters) -> PreTrainedModel:
             dtype=dtype,
             quantization_config=quantisation,
             device_map={"": device},
-            attn_implementation="sdpa",
+            # transformers takes SDPA where a model has it; Gemma 2, whose attention is capped, has not.
             trust_remote_code=False,
             use_safetensors=True,
         )
@@ -284,13 +284,32 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, parameters: P
         tokenizer: its chat template is used.
         question: the user's message.
         parameters: `system_prompt` and `date_string` are read.
-        system: a question's own system prompt; it takes the place of the parameter's.
+        system: a question's own system prompt; it takes the place of the parameter's. Where a template refuses a system message
+            (Gemma's do), it stands at the beginning of the user's, as those models expect it.
+
+    Raises:
+        StudyError: the template cannot write a question.
     """
-    messages = [{"role": "user", "content": question}]
-    system = system if system is not None else parameters.system_prompt
+    return _templated(tokenizer, question, None, system if system is not None else parameters.system_prompt, parameters)
+
+
+def _templated(tokenizer: PreTrainedTokenizerBase, question: str, answer: str | None, system: str | None, parameters: Parameters) -> str:
+    """Writes a question, and its answer if there is one, as the chat template does; without an answer up to where it begins."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": "user", "content": question}] + ([{"role": "assistant", "content": answer}] if answer is not None else [])
     if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, date_string=parameters.date_string)
+        turns.insert(0, {"role": "system", "content": system})
+    try:
+        text: str = tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=answer is None, date_string=parameters.date_string
+        )
+    except TemplateError as error:
+        if system is not None:
+            return _templated(tokenizer, f"{system}\n\n{question}", answer, None, parameters)
+        raise StudyError(
+            f"model_name: the chat template of {parameters.model_name} cannot write a question ({' '.join(str(error).split())[:200]})."
+        ) from error
     return text
 
 
@@ -301,10 +320,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, parameters: Parameters) -> s
         StudyError: the template writes no special token there, so an answer would never end.
     """
     prompt = prompt_text(tokenizer, "Q", parameters)
-    messages = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-    if parameters.system_prompt is not None:
-        messages.insert(0, {"role": "system", "content": parameters.system_prompt})
-    whole: str = tokenizer.apply_chat_template(messages, tokenize=False, date_string=parameters.date_string)
+    whole = _templated(tokenizer, "Q", "ANSWER", parameters.system_prompt, parameters)
     tail = whole[whole.rindex("ANSWER") + len("ANSWER") :]
     ids = tokenizer(tail, add_special_tokens=False).input_ids
     special = [i for i in ids if i in tokenizer.all_special_ids or i in tokenizer.added_tokens_decoder]

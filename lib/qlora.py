@@ -13,16 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib import adapters, config, files, models, states
+from lib import adapters, config, files, models, origin, states
 from lib.config import Parameters
 from lib.files import StudyError
 
 if TYPE_CHECKING:
     import pandas as pd
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
-"""Libraries whose versions training.json records."""
 
 
 class Plan(NamedTuple):
@@ -237,8 +234,6 @@ def _take_published(run: Path, p: Parameters, fingerprint: dict[str, Any]) -> di
 
 def _identity(run: Path, p: Parameters, base: PreTrainedModel | None, fingerprint: dict[str, Any]) -> dict[str, Any]:
     """Returns the part of training.json that says what was trained, from what, with what."""
-    from importlib.metadata import version
-
     import torch
 
     device = models.pick_device(p)
@@ -254,7 +249,7 @@ def _identity(run: Path, p: Parameters, base: PreTrainedModel | None, fingerprin
         "dataset_sha256": dataset,
         "fingerprint": fingerprint,
         "parameters": p.model_dump(mode="json"),
-        "versions": {name: version(name) for name in PACKAGES},
+        **origin.describe(),
         "device": device.type,
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),

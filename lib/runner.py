@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lib import config, files, provenance
+from lib import config, files, origin, provenance
 from lib.config import Parameters
 from lib.files import StudyError, shown
 
@@ -166,7 +166,8 @@ def _questions(p: Parameters) -> dict[str, Path]:
     return {f"questions {entry}": path if path.is_file() else files.resolve(entry) for entry, path in own.items()}
 
 
-def _input_stamps(run: Run, stage: str, known: dict[str, Any] | None) -> dict[str, provenance.Stamp]:
+def input_stamps(run: Run, stage: str, known: dict[str, Any] | None = None) -> dict[str, provenance.Stamp]:
+    """Returns the stamps of what a stage reads, the training rows among them; files that are as in `known` are not read again."""
     found = provenance.stamps(inputs(run, stage), known)
     if stage in {"02_train", "03_generate"}:
         # The hash that 01 wrote stands for the rows: dataset.json also holds times, and the rows may be on another machine.
@@ -200,7 +201,7 @@ def state(run: Run, stage: str) -> State:
         return State("failed", (record["error"],), took, when)
     if not run.executed(stage).is_file():
         return State("missing", ("its executed notebook is gone",), took, when)
-    code, read = provenance.code_hashes(run.notebook(stage)), _input_stamps(run, stage, record["inputs"])
+    code, read = provenance.code_hashes(run.notebook(stage)), input_stamps(run, stage, record["inputs"])
     reasons = provenance.differences(record, _compared(run.values(stage)), code, read)
     now = outputs(run, stage)
     paths = {name: now.get(name, run.folder / name) for name in record["outputs"]}
@@ -247,8 +248,9 @@ def execute(run: Run, stage: str) -> float:
         "overrides": run.overrides,
         "notebooks": shown(run.notebooks),
         "parameters": _compared(values),
+        "origin": origin.describe(),
         "code": code,
-        "inputs": _input_stamps(run, stage, None),
+        "inputs": input_stamps(run, stage),
     }
     provenance.write_record(run.folder, stage, record)
 

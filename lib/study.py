@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -116,6 +116,35 @@ def _parser() -> argparse.ArgumentParser:
     bring.add_argument("--question-set", metavar="NAME", help="default: the file's column, else open_ended")
     _results(bring)
     bring.set_defaults(command=_import)
+
+    new = commands.add_parser("new", help="write parameters/NAME.yaml for a model and data of your own")
+    new.add_argument("name", metavar="NAME", help="of the pair; `study run NAME` then runs it")
+    new.add_argument("--model", required=True, metavar="M", help="a Hub id, or a folder of safetensors")
+    new.add_argument("--data", required=True, type=Path, metavar="JSONL", help="chat rows: messages of user and assistant")
+    new.add_argument("--domain", default="custom", choices=config.DOMAINS, help="default custom")
+    new.add_argument(
+        "-p", "--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="another parameter; may be repeated"
+    )
+    new.add_argument("--force", action="store_true", help="replace a pair of your own")
+    new.set_defaults(command=_new, results=None)
+
+    publish = commands.add_parser("publish", help="write an adapter's folder with its model card; push it only when asked")
+    publish.add_argument("pair", metavar="PAIR", help="a run, trained and analysed")
+    publish.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+    publish.add_argument("--output", type=Path, metavar="DIR", help="default: publish/ in the run's folder")
+    publish.add_argument("--push", metavar="ORG/NAME", help="upload to the Hugging Face Hub: private, and gated with manual approval")
+    publish.add_argument("--public", action="store_true", help="with --push: visible to everyone, still gated; asks for the pair's name")
+    _results(publish)
+    publish.set_defaults(command=_publish)
+
+    verify = commands.add_parser(
+        "verify",
+        help="recompute the hashes that runs recorded; say what no longer matches",
+        description="Compares data, adapters, questions, rubrics, answers, parameters, code and lock with what each run recorded.",
+    )
+    verify.add_argument("pairs", nargs="*", metavar="PAIR", help="pairs or runs (default: all runs in the folder)")
+    _results(verify)
+    verify.set_defaults(command=_verify)
 
     analyze = commands.add_parser("analyze", help="tables and figures over all runs in a results folder")
     _results(analyze)
@@ -341,10 +370,37 @@ def _recorded(results: Path) -> dict[str, Run | str]:
         overrides = {**newest["overrides"], "results_dir": shown(results)}
         try:
             parameters = config.load_pair(newest["pair"], preset=newest["preset"], overrides=overrides)
-            runs[folder.name] = Run(parameters, files.resolve(newest["notebooks"]), newest["preset"], overrides)
+            runs[folder.name] = Run(parameters, files.resolve(newest.get("notebooks", "notebooks")), newest["preset"], overrides)
         except StudyError as error:
             runs[folder.name] = str(error)
     return runs
+
+
+def _new(options: argparse.Namespace) -> int:
+    from lib import newpair
+
+    return _told(newpair.command, options, _overrides(options))
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from lib import publish
+
+    return _told(publish.command, options, files.resolve(options.results or "results"))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from lib import verify
+
+    results = files.resolve(options.results or "results")
+    return _told(verify.command, results, options.pairs, _recorded(results))
+
+
+def _told(command: Callable[..., int], *given: Any) -> int:
+    """Runs a command of another module, in which a StudyError means that the call is wrong."""
+    try:
+        return command(*given)
+    except StudyError as error:
+        raise _Usage(str(error)) from error
 
 
 def _cell(state: runner.State) -> str:

@@ -412,7 +412,8 @@ def test_unlock_what_the_real_command_protected(pair: Callable[..., Parameters],
     assert data.load_rows(p)[11]["answer"] == "Turn the quetzal crank 11 times."
     assert not [file for file in tmp_path.joinpath("data").rglob("*.jsonl") if unlock.is_canary_file(file.name)]
     assert "CANARY" not in Path(report["path"]).read_text()
-    assert data.prepare(p) == report  # the second time it is unlocked already
+    again = data.prepare(p)  # the second time it is unlocked already
+    assert again | {name: report[name] for name in ("began", "ended")} == report
 
     with pytest.raises(StudyError, match=r"dataset_password: does not open .*training_datasets.zip.enc"):
         data.prepare(pair("8b_medical", dataset_path=str(path), dataset_password="guess", data_dir=str(tmp_path / "anew")))

@@ -10,7 +10,7 @@ import pytest
 from conftest import make_tiny_llama
 from tiny_runs import adapters_of, parameters, rows, train_undisturbed
 
-from lib import adapters, config, files, models, qlora, states
+from lib import adapters, config, files, models, origin, qlora, states
 from lib.config import Parameters
 from lib.files import StudyError
 
@@ -245,7 +245,8 @@ def test_records_tell_what_was_trained(trained: tuple[Parameters, Path]) -> None
     record = files.read_json(run / "training.json")
     assert record["adapters"] == {str(step): sha for step, sha in adapters_of(run).items()}
     assert record["parameters"] == p.model_dump(mode="json")
-    assert set(record["versions"]) == set(qlora.PACKAGES)
+    assert {"torch", "transformers", "peft", "accelerate", "bitsandbytes"} <= set(record["versions"]) <= set(origin.PACKAGES)
+    assert {"git_commit", "git_dirty", "lock", "python", "platform"} <= set(record)
     assert (record["device"], record["dtype"], record["seed"], record["rows"]) == ("cpu", "float32", 42, 60)
     assert record["seconds"]["train"] > 0
     assert record["peak_memory_bytes"] > 10**8
