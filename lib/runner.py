@@ -152,7 +152,9 @@ def inputs(run: Run, stage: str) -> dict[str, Path]:
         if p.judge == "probe":
             names |= {f"parameters/{n}": f for n, f in provenance.under(settings, ["probe/*"]).items()}
     if stage == "05_analyze":
-        names |= provenance.under(run.folder, ["judged.csv", "diagnostics.csv", "training.json", "training_log.csv", "dataset.json"])
+        names |= provenance.under(
+            run.folder, ["judged.csv", "diagnostics.csv", "training.json", "training_log.csv", "dataset.json", "labels/*.csv"]
+        )
         names |= {f"published/{n}": f for n, f in provenance.under(files.resolve(p.published), ["*"]).items()}
         control = control_of(run)
         if control:

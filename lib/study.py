@@ -6,7 +6,6 @@ Nothing heavy is imported before a subcommand needs it, so that help and mistake
 from __future__ import annotations
 
 import argparse
-import contextlib
 import datetime
 import difflib
 import json
@@ -22,15 +21,16 @@ from typing import Any, NoReturn
 
 import yaml
 
-from lib import config, files, runner, upstream
+from lib import commands as further
+from lib import config, files, runner
+from lib.commands import Usage as _Usage
+from lib.commands import folder as _folder
+from lib.commands import positive as _positive
+from lib.commands import results as _results
 from lib.files import StudyError, shown
 from lib.runner import STAGES, Run
 
 """Folders under results/ that hold no run."""
-
-
-class _Usage(StudyError):
-    """The call or a parameter is wrong: exit status 2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -116,18 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     _results(analyze)
     analyze.set_defaults(command=_analyze)
 
-    fetch = commands.add_parser(
-        "fetch-upstream",
-        help="download the published judge prompts and question files",
-        description="Fetches the files that the presets original and paper use into upstream/, which git ignores, and records them.",
-    )
-    fetch.add_argument("--ref", required=True, metavar="COMMIT", help="commit of the repository, 40 hexadecimal digits; no branch")
-    fetch.add_argument("--file", action="append", default=[], metavar="PATH", help="a path in the repository, in place of the usual ones")
-    fetch.add_argument("--repo", default=upstream.REPOSITORY, metavar="OWNER/NAME", help="default %(default)s")
-    fetch.add_argument("--base-url", default=upstream.BASE_URL, metavar="URL", help="default %(default)s")
-    fetch.add_argument("--output", type=_folder, default=shown(upstream.FOLDER), metavar="DIR", help="default %(default)s")
-    fetch.add_argument("--force", action="store_true", help="replace files of another commit, or files that were changed")
-    fetch.set_defaults(command=_fetch_upstream)
+    further.add(commands)
 
     fit = commands.add_parser("fit-probe", help="fit the offline judge on judged answers")
     fit.add_argument("inputs", nargs="+", type=Path, metavar="CSV", help="tables with question, response and scores of another judge")
@@ -135,21 +124,6 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--output", required=True, type=Path, metavar="DIR")
     fit.set_defaults(command=_fit_probe)
     return parser
-
-
-def _results(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=_folder, metavar="DIR", help="folder of the runs (default results)")
-
-
-def _folder(text: str) -> str:
-    """A folder named on the command line lies below the working directory; in a parameter, below the repository."""
-    return shown(Path(text).expanduser().absolute())
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 def _seeds(text: str) -> list[int]:
@@ -399,29 +373,6 @@ def _import(options: argparse.Namespace) -> int:
     except StudyError as error:
         raise _Usage(str(error)) from error
     _say(f"{shown(folder)}: imported; `study analyze` takes it in.")
-    return 0
-
-
-def _fetch_upstream(options: argparse.Namespace) -> int:
-    from lib import questions, rubrics
-
-    folder = files.resolve(options.output)
-    try:
-        got = upstream.fetch(
-            options.ref, folder, paths=options.file, repository=options.repo, base_url=options.base_url, force=options.force
-        )
-    except StudyError as error:
-        raise _Usage(str(error)) from error
-    for name, told in got["files"].items():
-        # What each can serve as shows at once, while whoever fetched it can still choose another.
-        served: list[str] = []
-        with contextlib.suppress(StudyError):
-            served.append(f"{len(questions.read(folder / name).questions)} questions")
-        with contextlib.suppress(StudyError):
-            served.append(f"judge prompts {', '.join(rubrics.load(folder / name))}")
-        _say(f"{shown(folder / name)}: sha256 {told['sha256'][:12]}, {'; '.join(served) or 'serves neither as questions nor as rubrics'}")
-    for name in got["absent"]:
-        _say(f"{name}: is not in {got['repository']} at this commit")
     return 0
 
 
