@@ -115,9 +115,14 @@ function render({ model, el }) {
       for (const [letter, value] of options)
         if (letter === key) { event.preventDefault(); choose(group, value); }
   });
+  const hint = make("div", root, "Click here to use the keys.", "margin-top:.6rem;font-weight:600");
+  root.addEventListener("focusin", () => { hint.style.visibility = "hidden"; });
+  root.addEventListener("focusout", () => { hint.style.visibility = ""; });
   model.on("change:shown", draw);
   draw();
   root.focus({ preventScroll: true });
+  // JupyterLab moves on to the next cell after it has run this one.
+  setTimeout(() => root.focus({ preventScroll: true }), 500);
   return () => model.off("change:shown", draw);
 }
 export default { render };
