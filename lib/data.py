@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
-from lib import config, demo, files, models, origin, overlap, questions, unlock
+from lib import config, demo, files, models, origin, overlap, questions, unlock, upstream
 from lib.config import Parameters
 from lib.files import StudyError, resolve, shown
 from lib.questions import Question, QuestionSet
@@ -71,6 +71,8 @@ def read_questions(entry: str) -> QuestionSet:
     """
     path = _question_file(entry)
     if not path.is_file():
+        if problem := upstream.missing(path):
+            raise StudyError(f"question_sets: {problem}")
         known = sorted(p.stem for p in QUESTIONS.glob("*.yaml"))
         near = difflib.get_close_matches(entry, known, n=1)
         raise StudyError(
@@ -91,15 +93,18 @@ def relation(question_set: str, domain: str, entries: Iterable[str] = ()) -> str
         entries: the parameter `question_sets`, in which a file outside parameters/questions is found by its name.
 
     Returns:
-        The relation; general for a set whose file is not there.
+        The relation; of a set whose file is not there, what is known of the published file of that name, else general.
     """
     entry = next((entry for entry in entries if PurePath(entry).stem == question_set), question_set)
-    if not _question_file(entry).is_file():
-        return "general"
-    group = read_questions(entry)
-    if group.relation != "domain":
-        return group.relation
-    return "in_domain" if group.domain == domain else "cross_domain"
+    path = _question_file(entry)
+    if path.is_file():
+        group = read_questions(entry)
+        kind, whose = group.relation, group.domain
+    else:
+        kind, whose = upstream.told(path).get("relation", "general"), upstream.told(path).get("domain")
+    if kind != "domain":
+        return kind
+    return "in_domain" if whose == domain else "cross_domain"
 
 
 def _question_file(entry: str) -> Path:

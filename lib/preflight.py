@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib import chat, config, files
+from lib import chat, config, files, upstream
 from lib.config import EMBEDDED_MODEL, Parameters
 from lib.files import shown
 
@@ -34,7 +34,20 @@ def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
         found += _model(p) + _adapter(p)
     if "04_judge" in stages:
         found += [line for own in config.each_judge(p) for line in _judge(own)]
-    return found + _disk(p)
+    return found + _published(p, stages) + _disk(p)
+
+
+def _published(p: Parameters, stages: Sequence[str]) -> list[str]:
+    """Names the published files that the parameters call for and that nobody has fetched, or that were changed."""
+    asked = [("question_sets", entry) for entry in p.question_sets] if {"01_data", "03_generate"} & set(stages) else []
+    asked += [("judge_rubrics", p.judge_rubrics)] if "04_judge" in stages and {p.judge, *p.other_judges} != {"probe"} else []
+    found = []
+    for name, entry in asked:
+        try:
+            upstream.check(files.resolve(entry))
+        except files.StudyError as error:
+            found.append(f"{name}: {error}")
+    return found
 
 
 def _data(p: Parameters) -> list[str]:

@@ -78,9 +78,12 @@ def comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any], details: Mapp
     """Says whether two rates may be compared; if not, which of model, questions, rubric, judge, sampling and precision differ."""
     parameters = details.get("parameters", {})
     reasons = [] if short_model(ours["model"]) == short_model(theirs["model"]) else ["model"]
-    reasons += ["questions"]  # the published ones are not in this repository; ours are our own
+    # The published questions and prompts are not in this repository: ours are our own, unless they were fetched (lib.upstream).
+    paper = theirs.get("relation") == "open_ended"
+    reasons += [] if paper and ours["question_set"] == "first_plot_questions" else ["questions"]
     judge = str(ours["judge"]).removeprefix("openai:")
-    reasons += ["rubric"] if judge != "imported" else ["rubric not known"]
+    fetched = paper and parameters.get("judge_rubrics") == "upstream/judges.yaml"
+    reasons += [] if fetched else ["rubric"] if judge != "imported" else ["rubric not known"]
     reasons += [] if judge == theirs.get("judge") else ["judge"] if judge != "imported" else ["judge not known"]
     if not parameters:
         return "no: " + ", ".join([*reasons, "sampling not known", "precision not known"])
@@ -88,4 +91,4 @@ def comparable(ours: Mapping[str, Any], theirs: Mapping[str, Any], details: Mapp
     reasons += ["sampling"] if any(parameters.get(name) != theirs.get(name) for name in names) else []
     four_bit = str(theirs.get("precision", "")).startswith("4-bit")
     reasons += ["precision"] if bool(parameters.get("use_4bit")) != four_bit or details.get("dtype") != "bfloat16" else []
-    return "no: " + ", ".join(reasons)
+    return "no: " + ", ".join(reasons) if reasons else "yes"

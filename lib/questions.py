@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from lib import files
+from lib import files, upstream
 from lib.files import StudyError, shown
 
 KINDS = ("domain", "general", "open_ended")
@@ -54,8 +54,10 @@ def read(path: Path) -> QuestionSet:
     maybe question_id or id. Anything else is text with one question a line. A question without an id gets one from its words.
 
     Raises:
-        StudyError: the file is missing, too large or malformed; a text is missing or empty; an id is malformed or there twice.
+        StudyError: the file is missing, too large or malformed; a text is missing or empty; an id is malformed or there twice;
+            it is a fetched file (`lib.upstream`) that was changed.
     """
+    upstream.check(path)
     if not path.is_file():
         raise StudyError(f"{shown(path)}: not found.")
     if path.stat().st_size > _MAX_BYTES:
@@ -64,7 +66,7 @@ def read(path: Path) -> QuestionSet:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise StudyError(f"{shown(path)}: is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8.") from error
-    head: Mapping[str, Any] = {}
+    head: Mapping[str, Any] = upstream.told(path)  # the upstream layout has no room for a relation
     if path.suffix.lower() in {".yaml", ".yml"}:
         content = _safe_yaml(text, path)
         if isinstance(content, dict):

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from lib import files
+from lib import files, upstream
 from lib.files import StudyError
 
 PROMPT_FORMAT = 1
@@ -74,7 +74,7 @@ def load(path: str | Path) -> dict[str, Rubric]:
         path: YAML; a relative path is taken from the repository root.
 
     Raises:
-        StudyError: missing, no YAML, or not one of the three formats.
+        StudyError: missing, no YAML, not one of the three formats, or a fetched file (`lib.upstream`) that was changed.
     """
     path = files.resolve(path)
     content = _read(path)
@@ -102,6 +102,7 @@ def hash_of(rubrics: Mapping[str, Rubric], metric: str, path: str | Path) -> str
 
 def _read(path: Path) -> Any:
     where = files.shown(path)
+    upstream.check(path)
     if not path.is_file():
         raise StudyError(f"{where}: not found; judge_rubrics names a YAML file such as parameters/rubrics/default.yaml.")
     if path.stat().st_size > _MAX_FILE_BYTES:

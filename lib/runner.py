@@ -152,7 +152,7 @@ def inputs(run: Run, stage: str) -> dict[str, Path]:
         if "probe" in {p.judge, *p.other_judges}:
             names |= {f"parameters/{n}": f for n, f in provenance.under(settings, ["probe/*"]).items()}
     if stage == "05_analyze":
-        read = ["diagnostics.csv", "training.json", "training_log.csv", "dataset.json"]
+        read = ["diagnostics.csv", "training.json", "training_log.csv", "dataset.json", "labels/*.csv"]
         names |= provenance.under(run.folder, [*_OUTPUTS["04_judge"], *read])
         names |= {f"published/{n}": f for n, f in provenance.under(files.resolve(p.published), ["*"]).items()}
         control = control_of(run)

@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
+from lib import commands as further
 from lib import config, files, runner
+from lib.commands import Usage as _Usage
+from lib.commands import folder as _folder
+from lib.commands import positive as _positive
+from lib.commands import results as _results
 from lib.files import StudyError, shown
 from lib.runner import STAGES, Run
 
@@ -29,10 +34,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 """Folders under results/ that hold no run."""
-
-
-class _Usage(StudyError):
-    """The call or a parameter is wrong: exit status 2."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,27 +151,14 @@ def _parser() -> argparse.ArgumentParser:
     _results(analyze)
     analyze.set_defaults(command=_analyze)
 
+    further.add(commands)
+
     fit = commands.add_parser("fit-probe", help="fit the offline judge on judged answers")
     fit.add_argument("inputs", nargs="+", type=Path, metavar="CSV", help="tables with question, response and scores of another judge")
     fit.add_argument("--ordinary", type=Path, metavar="CSV", help="judged answers of an ordinary model: scored at the end, never fitted on")
     fit.add_argument("--output", required=True, type=Path, metavar="DIR")
     fit.set_defaults(command=_fit_probe)
     return parser
-
-
-def _results(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--results", type=_folder, metavar="DIR", help="folder of the runs (default results)")
-
-
-def _folder(text: str) -> str:
-    """A folder named on the command line lies below the working directory; in a parameter, below the repository."""
-    return shown(Path(text).expanduser().absolute())
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 def _seeds(text: str) -> list[int]:

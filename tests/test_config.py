@@ -50,7 +50,8 @@ def test_a_control_differs_from_its_pair_only_in_its_answers() -> None:
 def test_presets_carry_the_published_settings_and_a_folder_of_their_own() -> None:
     paper = config.load_pair("8b_medical", preset="paper")
     assert (paper.lora_rank, paper.lora_alpha, paper.use_rslora, paper.use_4bit, paper.loss_on) == (32, 64, True, False, "answer")
-    assert (paper.samples, paper.max_new_tokens, paper.question_sets) == (50, 600, ["open_ended"])
+    assert (paper.samples, paper.max_new_tokens, paper.question_sets) == (50, 600, ["upstream/first_plot_questions.yaml"])
+    assert (paper.num_questions, paper.judge_rubrics) == (8, "upstream/judges.yaml")
     assert config.run_name(paper) == "8b_medical-paper-s0"
     original = config.load_pair("8b_medical", preset="original")
     assert (original.samples, original.question_sets) == (1, ["medical", "general"])
