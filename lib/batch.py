@@ -122,9 +122,10 @@ def refuse_open(log: Path, keys: Iterable[str], fetched: Sequence[Batch] = ()) -
     known = {entry.sha256 for entry in fetched}
     for entry in read(log):
         waiting = len(asked & entry.calls.keys())
-        if waiting and entry.sha256 not in known:
+        if waiting and entry.input_file_id and entry.sha256 not in known:
+            where = f"batch {entry.id or entry.input_file_id} at {entry.base_url}"
             raise StudyError(
-                f"{files.shown(book_of(log))}: {waiting:,} of these calls are in batch {entry.id} at {entry.base_url}; fetch them with "
+                f"{files.shown(book_of(log))}: {waiting:,} of these calls are in {where}; fetch them with "
                 "judge_batch: true (study judge --batch) and that address, or delete the file to ask, and pay, again."
             )
 
@@ -176,7 +177,7 @@ class _Course:
         self._mode = ""
         self._book = read(log.path)
         parts = urlsplit(self._endpoint.base_url)
-        self._url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        self._url = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
         self._open = [b for b in self._book if b.status != _MERGED and (b.judge, b.base_url) == (name, self._url)]
         for batch in [batch for batch in self._open if batch.input_file_id is None]:  # the server never heard of it
             self._forget(batch)

@@ -109,12 +109,10 @@ class BatchServer(ThreadingHTTPServer):
             (good if fine else bad).append(json.dumps(entry).encode())
             batch["request_counts"]["completed" if fine else "failed"] += 1
         self.hold.wait()
-        # The order of results is not that of the requests.
-        more = {
-            f"{kind}_file_id": self.keep(kind, b"\n".join(lines[::-1]) + b"\n")
-            for kind, lines in (("output", good), ("error", bad))
-            if lines
-        }
+        more = {}
+        for kind, lines in (("output", good), ("error", bad)):
+            if lines:  # not in the order of the requests
+                more[f"{kind}_file_id"] = self.keep(kind, b"\n".join(lines[::-1]) + b"\n")
         self.ended(batch, "expired" if self.answer_only is not None else self.end_as, **more)
 
     def forward(self, body: Any) -> tuple[int, Any]:
