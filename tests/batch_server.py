@@ -30,6 +30,7 @@ class BatchServer(ThreadingHTTPServer):
         spoil: lines put among the results.
         faults: statuses to answer with, once each, by `METHOD /path`; 0 does what is asked and drops the connection without a reply.
         seen: every request, as `METHOD /path`.
+        name: how the ids of batches begin.
     """
 
     daemon_threads = True
@@ -51,6 +52,7 @@ class BatchServer(ThreadingHTTPServer):
         self.faults: dict[str, list[int]] = {}
         self.seen: list[str] = []
         self.auth: set[str] = set()
+        self.name = "batch"
 
     @property
     def url(self) -> str:
@@ -65,7 +67,7 @@ class BatchServer(ThreadingHTTPServer):
         return [json.loads(line) for line in self.files[batch["input_file_id"]].splitlines()]
 
     def submit(self, request: dict[str, Any]) -> dict[str, Any]:
-        name = f"batch_{len(self.batches)}"
+        name = f"{self.name}_{len(self.batches)}"
         batch = {"id": name, "object": "batch", "input_file_id": request["input_file_id"], "status": "validating", "errors": None}
         batch |= {"output_file_id": None, "error_file_id": None, "created_at": int(time.time())}
         found = self.problems(batch, request)
