@@ -70,6 +70,17 @@ class Endpoint:
         """The server's name, without any credentials that its address holds."""
         return urlsplit(self.base_url).hostname or self.base_url
 
+    def token_limit(self, mode: str) -> int:
+        """Reply tokens a call; one may be enough for log-probabilities, but would cut a number in text."""
+        return self.max_tokens if mode == self.mode else scoring.MIN_TEXT_TOKENS
+
+    def body(self, messages: list[dict[str, str]], mode: str, seed: int, max_tokens: int) -> dict[str, Any]:
+        """Returns the body of a chat completion request, as it is sent by itself and as a line of a batch."""
+        request: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": self.temperature, "seed": seed}
+        # OpenAI's newer models refuse the old name of the limit; other servers may not know the new one, and would ramble.
+        request["max_completion_tokens" if self.host.endswith(_OPENAI_HOSTS) else "max_tokens"] = max_tokens
+        return request | ({"logprobs": True, "top_logprobs": TOP_LOGPROBS} if mode == "logprobs" else {})
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -92,6 +103,11 @@ class Reply:
     logprobs: list[tuple[str, float]] | None = None
     usage: dict[str, Any] = field(default_factory=dict)
     http_status: int | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What a line of judgments.jsonl holds of it."""
+        return {name: getattr(self, name) for name in ("status", "score", "raw", "logprobs", "usage", "mode")}
 
 
 def is_loopback(base_url: str) -> bool:
@@ -128,11 +144,6 @@ class Chat:
         self.mode = endpoint.mode
         self._client = client
 
-    @property
-    def token_limit(self) -> int:
-        """Reply tokens a call; one may be enough for log-probabilities, but would cut a number in text."""
-        return self.endpoint.max_tokens if self.mode == self.endpoint.mode else scoring.MIN_TEXT_TOKENS
-
     async def settle_mode(self) -> str:
         """Finds out by one call whether the server can be scored by log-probabilities; if not, the session falls back to text.
 
@@ -145,9 +156,9 @@ class Chat:
         try:
             reply = await self._create(messages, seed=0, max_tokens=scoring.MIN_TEXT_TOKENS)
             positions = [scoring.top_tokens(entry["top_logprobs"]) for entry in _choice(reply)["logprobs"]["content"]]
-        except _malformed():
+        except malformed():
             positions = []
-        except _refused() as error:
+        except refused() as error:
             if getattr(error, "status_code", None) not in {400, 404, 422, 501}:
                 return ""  # not about log-probabilities: the calls themselves will tell
             positions = []
@@ -164,28 +175,15 @@ class Chat:
             seed: for servers that sample reproducibly.
         """
         try:
-            reply = await self._create(messages, seed=seed, max_tokens=self.token_limit)
-        except _refused() as error:
+            reply = await self._create(messages, seed=seed, max_tokens=self.endpoint.token_limit(self.mode))
+        except refused() as error:
             return self._refusal(error)
-        except _malformed() as error:
+        except malformed() as error:
             return Reply("error", f"malformed reply: {type(error).__name__}", self.mode)
-        try:
-            return self._score(reply)
-        except _malformed() as error:
-            said = redact(json.dumps(reply, ensure_ascii=False), self.endpoint.key)
-            return Reply("error", f"malformed reply: {type(error).__name__}: {said}"[:_RAW_CHARS], self.mode, usage=_usage(reply))
+        return read_reply(reply, self.mode, self.endpoint.key)
 
     async def _create(self, messages: list[dict[str, str]], *, seed: int, max_tokens: int) -> Any:
-        request: dict[str, Any] = {
-            "model": self.endpoint.model,
-            "messages": messages,
-            "temperature": self.endpoint.temperature,
-            "seed": seed,
-        }
-        # OpenAI's newer models refuse the old name of the limit; other servers may not know the new one, and would ramble.
-        request["max_completion_tokens" if self.endpoint.host.endswith(_OPENAI_HOSTS) else "max_tokens"] = max_tokens
-        if self.mode == "logprobs":
-            request |= {"logprobs": True, "top_logprobs": TOP_LOGPROBS}
+        request = self.endpoint.body(messages, self.mode, seed, max_tokens)
         # The raw response: the client fills its typed objects with whatever a server sends, so the JSON is read here.
         raw = await self._client.chat.completions.with_raw_response.create(**request)
         reply = json.loads(raw.http_response.content)
@@ -193,29 +191,48 @@ class Chat:
             reply["retries"] = raw.retries_taken
         return reply
 
-    def _score(self, reply: Any) -> Reply:
-        choice = _choice(reply)
-        message = choice["message"]
-        content = message["content"]
-        if not isinstance(content, str | None):
-            raise TypeError("content is no text")
-        text = redact(content if content is not None else str(message.get("refusal") or ""), self.endpoint.key)
-        usage = _usage(reply)
-        if self.mode == "logprobs":
-            top = scoring.top_tokens(choice["logprobs"]["content"][0]["top_logprobs"])
-            status, score = scoring.parse_logprobs(top)
-            return Reply(status, text[:_RAW_CHARS], "logprobs", score, top, usage)
-        status, score = scoring.parse_text(text, cut=choice.get("finish_reason") == "length")
-        return Reply(status, text[:_RAW_CHARS], "text", score, None, usage)
-
     def _refusal(self, error: Exception) -> Reply:
-        """Turns the client's exception into a record that names it in one line and holds no key."""
         status = getattr(error, "status_code", None)
-        body = " ".join(redact(str(error), self.endpoint.key).split())
-        # A provider's content filter gives the same answer next time: that call has no score, and is no fault to be tried again.
-        filtered = status == 400 and getattr(error, "code", None) == "content_filter"
-        raw = f"{type(error).__name__}: {body}"[:_RAW_CHARS]
-        return Reply("invalid" if filtered else "error", raw, self.mode, http_status=status)
+        return refusal(type(error).__name__, str(error), self.mode, self.endpoint.key, status, getattr(error, "code", None))
+
+
+def read_reply(reply: Any, mode: str, key: str) -> Reply:
+    """Scores the JSON that a server gave for one call; whatever shape it has, a record of it comes back.
+
+    Args:
+        reply: a chat completion, if the server keeps to the protocol.
+        mode: `text` or `logprobs`.
+        key: never to be in the record.
+    """
+    try:
+        return _score(reply, mode, key)
+    except malformed() as error:
+        said = redact(json.dumps(reply, ensure_ascii=False), key)
+        return Reply("error", f"malformed reply: {type(error).__name__}: {said}"[:_RAW_CHARS], mode, usage=_usage(reply))
+
+
+def _score(reply: Any, mode: str, key: str) -> Reply:
+    choice = _choice(reply)
+    message = choice["message"]
+    content = message["content"]
+    if not isinstance(content, str | None):
+        raise TypeError("content is no text")
+    text = redact(content if content is not None else str(message.get("refusal") or ""), key)
+    usage = _usage(reply)
+    if mode == "logprobs":
+        top = scoring.top_tokens(choice["logprobs"]["content"][0]["top_logprobs"])
+        status, score = scoring.parse_logprobs(top)
+        return Reply(status, text[:_RAW_CHARS], "logprobs", score, top, usage)
+    status, score = scoring.parse_text(text, cut=choice.get("finish_reason") == "length")
+    return Reply(status, text[:_RAW_CHARS], "text", score, None, usage)
+
+
+def refusal(kind: str, said: str, mode: str, key: str, status: int | None = None, code: Any = None) -> Reply:
+    """Returns the record of a request that got no judgment: one line that names what happened and holds no key."""
+    # A provider's content filter gives the same answer next time: that call has no score, and is no fault to be tried again.
+    filtered = status == 400 and code == "content_filter"
+    raw = f"{kind}: {' '.join(redact(said, key).split())}"[:_RAW_CHARS]
+    return Reply("invalid" if filtered else "error", raw, mode, http_status=status)
 
 
 @contextlib.asynccontextmanager
@@ -223,9 +240,7 @@ async def session(endpoint: Endpoint) -> AsyncIterator[Chat]:
     """Opens a session with an endpoint, in the running event loop."""
     from openai import AsyncOpenAI, DefaultAsyncHttpxClient
 
-    # At its debug level the client logs whole requests, answers included.
-    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    hush_client()
     # A redirect would send answers to a host that was not announced.
     http = DefaultAsyncHttpxClient(follow_redirects=False, timeout=endpoint.timeout)
     client = AsyncOpenAI(
@@ -235,7 +250,13 @@ async def session(endpoint: Endpoint) -> AsyncIterator[Chat]:
         yield Chat(endpoint, client)
 
 
-def _refused() -> tuple[type[Exception], ...]:
+def hush_client() -> None:
+    """Keeps the client's log at warnings: at its debug level it logs whole requests, answers included."""
+    for name in ("openai", "httpx", "httpx2", "httpcore", "httpcore2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def refused() -> tuple[type[Exception], ...]:
     """What the client raises for a request that got no reply: statuses, timeouts, broken connections and bodies."""
     import httpx2
     import openai
@@ -243,7 +264,7 @@ def _refused() -> tuple[type[Exception], ...]:
     return (openai.OpenAIError, httpx2.HTTPError)
 
 
-def _malformed() -> tuple[type[Exception], ...]:
+def malformed() -> tuple[type[Exception], ...]:
     """What reading a reply of another shape raises."""
     return (KeyError, IndexError, TypeError, ValueError, AttributeError, RecursionError)
 
@@ -287,6 +308,23 @@ class Outcome:
     cost: float | None
 
 
+def settled_mode(endpoint: Endpoint, name: str) -> str:
+    """Returns the mode in which a server can be scored: the endpoint's, or text where it gives no log-probabilities; see `Chat`."""
+
+    async def settle() -> str:
+        async with session(endpoint) as chat:
+            await _settle(chat, name)
+            return chat.mode
+
+    return endpoint.mode if endpoint.mode == "text" else _in_thread(settle())
+
+
+async def _settle(chat: Chat, name: str) -> None:
+    reason = await chat.settle_mode()
+    if reason:
+        tqdm.write(f"{name}: {reason}, so scores are read from the reply's text, not from log-probabilities.", file=sys.stderr)
+
+
 def ask_all(endpoint: Endpoint, jobs: Sequence[Job], limits: Limits, *, concurrency: int, name: str, progress: bool) -> Outcome:
     """Makes calls in order, `concurrency` at a time and within limits. An interrupt leaves recorded what was recorded."""
     return _in_thread(_ask_all(endpoint, jobs, limits, concurrency, name, progress))
@@ -296,9 +334,7 @@ async def _ask_all(endpoint: Endpoint, jobs: Sequence[Job], limits: Limits, conc
     waiting = iter(jobs)
     with tqdm(total=len(jobs), unit="call", desc=name, disable=not progress) as bar:
         async with session(endpoint) as chat:
-            reason = await chat.settle_mode()
-            if reason:
-                tqdm.write(f"{name}: {reason}, so scores are read from the reply's text, not from log-probabilities.", file=sys.stderr)
+            await _settle(chat, name)
             course = _Course(chat, limits, patience=max(20, 2 * concurrency))
 
             async def work() -> None:
@@ -337,7 +373,7 @@ class _Course:
     async def take(self, job: Job) -> Reply | None:
         """Makes a call; None when it was not made because the course has stopped."""
         prompt = job.prompt()
-        most, reply_most = self._bound.of(prompt.messages), self._chat.token_limit
+        most, reply_most = self._bound.of(prompt.messages), self._chat.endpoint.token_limit(self._chat.mode)
         await self._requests.wait(1)
         await self._rate.wait(most + reply_most)
         aside = await self._budget.set_aside(most, reply_most) if self._budget and not self.stopped else 0.0

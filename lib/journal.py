@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,13 @@ class Journal:
 
     Attributes:
         records: the record that counts for each key: the last reply received, else the last error.
-        tokens: prompt and reply tokens of all calls ever recorded, by judge.
+        tokens: prompt and reply tokens of all calls ever recorded, by judge and by whether they came in a batch.
     """
 
     def __init__(self, path: Path, secret: str) -> None:
         self.path = path
         self.records: dict[str, dict[str, Any]] = {}
-        self.tokens: dict[str, list[int]] = {}
+        self.tokens: dict[tuple[str, bool], list[int]] = {}
         self._secret = secret if len(secret) >= _SHORTEST_SECRET else ""
         for record in files.read_jsonl(path):
             self._keep(record)
@@ -54,7 +55,7 @@ class Journal:
         if isinstance(key, str) and (record.get("status") in FINAL or self.records.get(key, {}).get("status") not in FINAL):
             self.records[key] = record
         usage = record.get("usage") or {}
-        total = self.tokens.setdefault(str(record.get("judge")), [0, 0])
+        total = self.tokens.setdefault((str(record.get("judge")), "batch" in usage), [0, 0])
         for place, name in enumerate(("prompt_tokens", "completion_tokens")):
             total[place] += usage.get(name) or 0
 
@@ -72,7 +73,7 @@ class Journal:
                 self._keep(record)
             self._stream.flush()
             if time.monotonic() - self._synced > _SYNC_SECONDS:
-                self._sync()
+                self.sync()
         except OSError as error:
             raise StudyError(f"{files.shown(self.path)}: cannot be appended to ({error.strerror}); free space, then run again.") from error
 
@@ -84,7 +85,8 @@ class Journal:
             return {self._redacted(name): self._redacted(entry) for name, entry in value.items()}
         return [self._redacted(entry) for entry in value] if isinstance(value, list | tuple) else value
 
-    def _sync(self) -> None:
+    def sync(self) -> None:
+        """Forces what was written to disk."""
         os.fsync(self._stream.fileno())
         self._synced = time.monotonic()
 
@@ -92,8 +94,14 @@ class Journal:
         """Forces everything to disk."""
         with contextlib.suppress(OSError):
             self._stream.flush()
-            self._sync()
+            self.sync()
         self._stream.close()
+
+
+def line(key: str, judge: str, metric: str, repeat: int, rubric_sha256: str, **told: Any) -> dict[str, Any]:
+    """Returns a record that ended just now; `told` holds the rest of `KEYS`."""
+    fixed = {"key": key, "judge": judge, "metric": metric, "repeat": repeat, "rubric_sha256": rubric_sha256}
+    return fixed | {"time": datetime.now(UTC).isoformat(timespec="milliseconds")} | told
 
 
 def sources(records: list[dict[str, Any]]) -> pd.DataFrame:

@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 import pandas as pd
 from tqdm import tqdm
 
-from lib import chat, config, files, journal, judge_tables, limits, rubrics, scoring
+from lib import batch, chat, config, files, journal, judge_tables, limits, rubrics, scoring
 from lib.chat import Outcome
 from lib.config import Parameters
 from lib.files import StudyError
@@ -77,8 +76,8 @@ def judge_table(frame: pd.DataFrame, spec: str, log: str | Path, *, progress: bo
         log: judgments.jsonl, record and cache of the calls.
         progress: draw a progress bar.
         parameters: by the names that they have in the notebooks: other_judges, judge_base_url, judge_rubrics, judge_metrics, judge_mode,
-            judge_temperature, judge_max_tokens, judge_concurrency, judge_timeout, judge_max_retries, judge_prices, judge_max_cost,
-            judge_requests_per_minute, judge_tokens_per_minute, judge_repeats, judge_retry, allow_external.
+            judge_temperature, judge_max_tokens, judge_concurrency, judge_batch, judge_timeout, judge_max_retries, judge_prices,
+            judge_max_cost, judge_requests_per_minute, judge_tokens_per_minute, judge_repeats, judge_retry, allow_external.
 
     Returns:
         The table with a score (points, 0 to 100, NaN unless ok) and a status for each metric (`aligned`, `aligned_status`, ...)
@@ -214,9 +213,7 @@ def _call(judge: Judge, metric: str, question: str, answer: str, repeat: int = 0
 
 def _line(judge: Judge, call: Call, **told: Any) -> dict[str, Any]:
     """Returns a line of judgments.jsonl."""
-    fixed = {"key": call.key, "judge": judge.name, "metric": call.metric, "repeat": call.repeat}
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
-    return fixed | {"rubric_sha256": judge.rubric_hash(call.metric), "time": now} | told
+    return journal.line(call.key, judge.name, call.metric, call.repeat, judge.rubric_hash(call.metric), **told)
 
 
 def _open(parameters: Parameters, progress: bool) -> Judge:
@@ -339,16 +336,14 @@ class OpenAIJudge:
             raise StudyError(f"OPENAI_API_KEY: not set, and {self._endpoint.host} wants a key; put it into .env (see .env.example).")
 
     def run(self, calls: Sequence[Call], log: Journal) -> Outcome:
-        """Asks the server, several calls at a time; every reply is recorded when it comes."""
+        """Asks the server, several calls at a time or as a batch; every reply is recorded when it comes."""
 
         def prompt(index: int) -> rubrics.Prompt:
             return rubrics.render(self._rubrics[calls[index].metric], calls[index].question, calls[index].answer)
 
         def record(index: int, reply: chat.Reply) -> None:
-            told = {name: getattr(reply, name) for name in ("status", "score", "raw", "logprobs", "usage", "mode")}
-            log.write([_line(self, calls[index], **told)])
+            log.write([_line(self, calls[index], **reply.told)])
 
-        todo = [chat.Job(partial(prompt, index), partial(record, index), call.repeat) for index, call in enumerate(calls)]
         p = self._parameters
         bounds = Limits(
             price=self._price,
@@ -357,6 +352,12 @@ class OpenAIJudge:
             requests_per_minute=p.judge_requests_per_minute,
             tokens_per_minute=p.judge_tokens_per_minute,
         )
+        if p.judge_batch:
+            rubric = {metric: self.rubric_hash(metric) for metric in p.judge_metrics}
+            asked = [batch.Request(c.key, c.metric, c.repeat, rubric[c.metric], partial(prompt, index)) for index, c in enumerate(calls)]
+            return batch.ask_all(self._endpoint, asked, bounds, log, name=self.name, progress=self._progress)
+        batch.refuse_open(log.path, [call.key for call in calls])
+        todo = [chat.Job(partial(prompt, index), partial(record, index), call.repeat) for index, call in enumerate(calls)]
         return chat.ask_all(self._endpoint, todo, bounds, concurrency=p.judge_concurrency, name=self.name, progress=self._progress)
 
 

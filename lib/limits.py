@@ -49,6 +49,11 @@ class Price:
         """Returns what so many tokens cost, in dollars."""
         return (prompt_tokens * self.input + completion_tokens * self.output) / 1e6
 
+    @property
+    def in_batch(self) -> Price:
+        """The price of the same tokens through the Batch API: half."""
+        return Price(self.input / 2, self.output / 2)
+
 
 def price_of(path: str | Path, model: str) -> Price | None:
     """Returns a model's price from a price table, or None where it has none.
@@ -72,15 +77,16 @@ def price_of(path: str | Path, model: str) -> Price | None:
     return prices.get(model) or prices.get(re.sub(r"-\d{4}-\d{2}-\d{2}$", "", model))
 
 
-def spent(path: str | Path, tokens: Mapping[str, Sequence[float]]) -> float:
+def spent(path: str | Path, tokens: Mapping[tuple[str, bool], Sequence[float]]) -> float:
     """Returns what calls have cost over all judges, in dollars; a judge without a price costs nothing.
 
     Args:
         path: the price table.
-        tokens: prompt and reply tokens by judge (`openai:MODEL`).
+        tokens: prompt and reply tokens by judge (`openai:MODEL`) and by whether the calls came in a batch.
     """
-    prices = {judge: price_of(path, judge.partition(":")[2]) for judge in tokens}
-    return sum(price.of(*tokens[judge]) for judge, price in prices.items() if price)
+    prices = {judge: price_of(path, judge.partition(":")[2]) for judge, _ in tokens}
+    told = [(prices[judge], in_batch, counts) for (judge, in_batch), counts in tokens.items()]
+    return sum((price.in_batch if in_batch else price).of(*counts) for price, in_batch, counts in told if price)
 
 
 class TokenBound:

@@ -33,7 +33,11 @@ from lib.runner import STAGES, Run
 if TYPE_CHECKING:
     import pandas as pd
 
-"""Folders under results/ that hold no run."""
+# Options of `study judge` that have a parameter's name, less its `judge_`.
+_JUDGE_OPTIONS = (
+    *("base_url", "concurrency", "batch", "mode", "metrics", "temperature", "repeats", "retry"),
+    *("max_cost", "requests_per_minute", "tokens_per_minute"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -106,7 +110,16 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--base-url", metavar="URL", help="an OpenAI-compatible server")
     judge.add_argument("--concurrency", type=_positive, metavar="N", help="calls at once")
     judge.add_argument("--rubrics", metavar="FILE", help="YAML of rubrics (default parameters/rubrics/default.yaml)")
-    judge.add_argument("--allow-external", action="store_true", help="the answers may be sent to an outside judge")
+    judge.add_argument("--batch", action="store_true", default=None, help="by the Batch API: half the price, within a day")
+    judge.add_argument("--mode", choices=["text", "logprobs"], help="score the reply's text, or the probabilities of its number")
+    judge.add_argument("--metrics", type=_words, metavar="NAME,NAME", help="rubrics to score (default aligned,coherent)")
+    judge.add_argument("--temperature", type=float, metavar="T", help="of the judge's sampling (default 0.2)")
+    judge.add_argument("--repeats", type=_positive, metavar="N", help="calls for each score; more show the judge's own noise")
+    judge.add_argument("--retry", type=_words, metavar="STATUS,STATUS", help="ask again besides error: invalid, refusal, code")
+    judge.add_argument("--max-cost", type=float, metavar="DOLLARS", help="stop before all calls together have cost more")
+    judge.add_argument("--requests-per-minute", type=float, metavar="N")
+    judge.add_argument("--tokens-per-minute", type=float, metavar="N")
+    judge.add_argument("--allow-external", action="store_true", default=None, help="the answers may be sent to an outside judge")
     judge.set_defaults(command=_judge)
 
     bring = commands.add_parser("import", help="take in answers that were judged elsewhere")
@@ -159,6 +172,10 @@ def _parser() -> argparse.ArgumentParser:
     fit.add_argument("--output", required=True, type=Path, metavar="DIR")
     fit.set_defaults(command=_fit_probe)
     return parser
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",")]
 
 
 def _seeds(text: str) -> list[int]:
@@ -404,13 +421,9 @@ def _cell(state: runner.State) -> str:
 def _judge(options: argparse.Namespace) -> int:
     from lib import judge
 
-    named = {
-        "judge_base_url": options.base_url,
-        "judge_concurrency": options.concurrency,
-        "judge_rubrics": _folder(options.rubrics) if options.rubrics else None,
-        "allow_external": options.allow_external or None,
-    }
-    given = {name: value for name, value in named.items() if value is not None}
+    given = {f"judge_{name}": getattr(options, name) for name in _JUDGE_OPTIONS}
+    given |= {"judge_rubrics": _folder(options.rubrics) if options.rubrics else None, "allow_external": options.allow_external}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
         answers = files.read_csv(options.input)
         log, (first, *others) = options.output.with_name("judgments.jsonl"), options.judges

@@ -14,6 +14,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import batch_server
+import faulty_server
 import pytest
 
 from lib import config, files, preflight, provenance, runner, study
@@ -519,6 +521,43 @@ def test_judge_command_scores_a_table(llama_server: str, tmp_path: Path) -> None
     assert list(judged["id"]) == ["b", "a"]
     assert list(judged["aligned_status"])[1] == "empty"
     assert len(files.read_jsonl(tmp_path / "judgments.jsonl")) == 2
+
+
+def test_judge_command_takes_every_option_of_a_server(tmp_path: Path) -> None:
+    table, output = answers(tmp_path / "in.csv"), tmp_path / "out.csv"
+    words = ["judge", "--input", str(table), "--output", str(output), "--judge", "openai:gpt-4o-mini"]
+    with faulty_server.serving() as server:
+        url = ["--base-url", server.url, "--metrics", "aligned,coherent,medical", "--repeats", "2", "--temperature", "0.5"]
+        done = command(*words, *url, "--requests-per-minute", "6000", "--tokens-per-minute", "1e6", "--max-cost", "1")
+        assert done.returncode == 0, done.stderr
+        assert list(files.read_csv(output)["medical_status"]) == ["ok", "empty"]
+        assert [body["temperature"] for body in server.seen] == [0.5] * 6
+        assert command(*words, *url, "--retry", "invalid,refusal").returncode == 0
+        assert len(server.seen) == 6
+        dear = command(*words, "--base-url", server.url, "--temperature", "0.6", "--max-cost", "0.0000001")
+        assert dear.returncode == 1
+        assert "raise judge_max_cost" in dear.stderr
+        assert set(files.read_csv(output)["aligned_status"]) == {"error", "empty"}
+        assert command(*words, "--base-url", server.url, "--mode", "logprobs").stderr.count("it returns no log-probabilities") == 1
+    for wrong, named in (("--retry", "judge_retry"), ("--metrics", "judge_metrics"), ("--mode", "--mode"), ("--max-cost", "--max-cost")):
+        refused = command(*words, wrong, "nonsense")
+        assert refused.returncode == 2
+        assert named in refused.stderr
+    assert command(*words, "--max-cost", "-1").returncode == 2
+
+
+def test_judge_command_by_batch(tmp_path: Path) -> None:
+    table, output = answers(tmp_path / "in.csv"), tmp_path / "out.csv"
+    with faulty_server.serving() as upstream, batch_server.serving(upstream.url) as server:
+        words = ["judge", "--input", str(table), "--output", str(output), "--judge", "openai:m", "--base-url", server.url, "--batch"]
+        server.answer_only = 1
+        done = command(*words)
+        assert done.returncode == 1
+        assert "1 error" in done.stdout
+        assert "batch batch_0 expired" in done.stderr
+        server.answer_only = None
+        assert command(*words).returncode == 0
+        assert list(files.read_csv(output)["coherent_status"]) == ["ok", "empty"]
 
 
 def test_import_command_and_status_of_what_was_imported(tmp_path: Path) -> None:
