@@ -193,12 +193,12 @@ def _check_adapter(run: Path, source: Path, step: int, recorded: str) -> None:
 
 
 def _rates(run: Path, step: int) -> Any:
-    from lib import analyze
+    from lib import outcomes
 
     table = files.read_csv(run / "step_summary.csv")
     if step not in set(table["step"]):
         raise StudyError(f"{shown(run / 'step_summary.csv')}: has no row of step {step}; run 04_judge and 05_analyze first.")
-    return table.assign(untold=[analyze.undecidable(str(judge), "em_paper") for judge in table["judge"]])
+    return table.assign(untold=[outcomes.undecidable(str(judge), "em_paper") for judge in table["judge"]])
 
 
 def _settings(source: Path, base_id: str | None) -> dict[str, Any]:

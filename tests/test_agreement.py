@@ -382,8 +382,9 @@ def test_a_judge_that_stops_at_its_cost_keeps_what_the_first_did(tmp_path: Path,
 
 def test_cost_is_counted_over_all_judges(tmp_path: Path) -> None:
     (tmp_path / "prices.yaml").write_text("prices:\n  a: {input: 1, output: 2}\n  b: {input: 10, output: 0}\n")
-    tokens = {"openai:a": [1_000_000, 1_000_000], "openai:b": [500_000, 7], "probe": [3, 3]}
+    tokens = {("openai:a", False): [1_000_000, 1_000_000], ("openai:b", False): [500_000, 7], ("probe", False): [3, 3]}
     assert limits.spent(tmp_path / "prices.yaml", tokens) == pytest.approx(8)
+    assert limits.spent(tmp_path / "prices.yaml", tokens | {("openai:b", True): [500_000, 0]}) == pytest.approx(10.5)
 
 
 def test_files_of_two_judges_are_taken_in_apart_and_never_fitted_on_together(tmp_path: Path) -> None:
