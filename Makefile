@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test quick check bench lab clean
+.PHONY: help setup study test test-all quick check bench lab clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ study: $(SETUP)  ## set up everything and run the demo study end to end; figures
 test: $(SETUP)  ## set up everything and run all checks and tests
 	@$(MAKE) --no-print-directory check
 	@$(BIN)/python -m pytest
+
+test-all: $(SETUP)  ## as test, with twenty kills in place of five
+	@STUDY_FAULTS=20 $(MAKE) --no-print-directory test
 
 quick: $(SETUP)  ## the tests that take seconds
 	@$(BIN)/python -m pytest -m "not slow"

@@ -192,6 +192,7 @@ def _train(run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint
         "total_steps": schedule.total,
         "checkpoint_steps": schedule.checkpoints,
         "adapters": manifest["adapters"],
+        "log_sha256": files.sha256(run / "training_log.csv"),
         "rows": len(rows),
         "rows_left_out_an_epoch": max(0, len(rows) - schedule.steps_per_epoch * p.batch_size * p.gradient_accumulation_steps),
         "rows_cut": encoded.cut,
@@ -226,6 +227,7 @@ def _take_published(run: Path, p: Parameters, fingerprint: dict[str, Any]) -> di
         "total_steps": 0,
         "checkpoint_steps": [1],
         "adapters": {"1": published["sha256"]},
+        "log_sha256": files.sha256(run / "training_log.csv"),
         "published_adapter": published,
     }
     files.write_json(run / "training.json", record)

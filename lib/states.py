@@ -54,10 +54,12 @@ def checkpoints(run: Path) -> dict[int, Path]:
 
 
 def finished(run: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Returns training.json when it tells of the run `wanted` and all its adapters are there, unharmed."""
+    """Returns training.json when it tells of the run `wanted` and its log and all its adapters are there, unharmed."""
     with contextlib.suppress(*_BROKEN):
         record: dict[str, Any] = files.read_json(run / "training.json")
         complete = {str(step) for step in record["checkpoint_steps"]} == set(record["adapters"])
+        log = record.get("log_sha256")  # earlier records have none
+        complete = complete and (log is None or files.sha256(run / "training_log.csv") == log)
         if record["fingerprint"] == wanted and complete and _hold(run, record["adapters"]):
             return record
     return None

@@ -186,6 +186,8 @@ def _training(folder: Path, told: dict[str, dict[str, Any]], p: Parameters | Non
     for step, sha in record["adapters"].items():
         name = f"checkpoints/checkpoint-{step}/{adapters.WEIGHTS}"
         yield name, sha, _sha(folder / name)
+    if "log_sha256" in record:
+        yield "training_log.csv", record["log_sha256"], _sha(folder / "training_log.csv")
     for step in sorted(set(map(str, states.checkpoints(folder))) - set(record["adapters"])):
         yield f"checkpoints/checkpoint-{step}/{adapters.WEIGHTS}", "not recorded", "there"
     if dataset and record["dataset_sha256"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 JUDGED = SHARED / "data" / "judged"
+
+FIGURES: Counter[str] = Counter()
+"""What tests/test_faults.py did and found, told at the end."""
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if FIGURES:
+        told = (f"{name} {FIGURES[name]}" for name in ("faults injected", "runs recovered", "rows lost", "calls repeated"))
+        terminalreporter.write_line(", ".join(told))
+
 
 needs_shared = pytest.mark.skipif(not JUDGED.is_dir(), reason="../shared is not beside this clone")
 

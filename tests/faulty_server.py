@@ -74,7 +74,7 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(server.delay)
             fault = next((name for name in FAULTS if f"FAULT {name};" in prompt), None)
             if fault is None:
-                self.reply(200, server.well)
+                self.reply(200, server.well(prompt) if callable(server.well) else server.well)
                 if server.log:
                     with server.mutex, server.log.open("a") as stream:
                         stream.write(json.dumps(prompt) + "\n")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
 import pytest
+import tiny_runs
 from nbclient import NotebookClient
 
 from lib import config, files, provenance, study
@@ -143,17 +142,7 @@ def test_six_pairs_are_in_the_summary_and_the_status(six: Path, capsys: pytest.C
 
 @pytest.fixture(scope="module")
 def copy_of_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Copies what a clone has of the study, so that a run in it writes nothing here."""
-    target = tmp_path_factory.mktemp("clone")
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "notebooks", "lib", "parameters", "results/published"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for name in listed.stdout.splitlines():
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, target / name)
-    return target
+    return tiny_runs.copy_tree(tmp_path_factory.mktemp("clone"))
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,19 @@ def train_undisturbed(model: Path, results: Path) -> tuple[Parameters, Path]:
     p = parameters(model, results, save_state_every=3)
     qlora.train(p, rows(60), progress=False)
     return p, config.run_dir(p)
+
+
+def copy_tree(target: Path) -> Path:
+    """Copies what a clone has of the study to `target`, so that a run in it writes nothing here."""
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "notebooks", "lib", "parameters", "results/published"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, target / name)
+    return target
 
 
 def start(p: Parameters, n_rows: int, **environment: str) -> subprocess.Popen[bytes]:
