@@ -17,6 +17,7 @@ def serving(threads: int) -> Iterator[str]:
     params = xllamacpp.CommonParams()
     params.model.path = str(models.embedded_gguf())
     params.n_ctx, params.n_parallel, params.hostnames = 16384, 8, ["127.0.0.1"]
+    params.verbosity = 1  # errors only: it logs every call otherwise
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
