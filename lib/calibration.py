@@ -141,7 +141,7 @@ def rogan_gladen(call: npt.ArrayLike, question: npt.ArrayLike, calibration: Cali
     if np.isnan(hit + right):
         return ONE_KIND
     gain = hit + right - 1
-    value = float(np.clip((rate + right - 1) / gain, 0, 1)) if gain > 0 else np.nan
+    value = round(float(np.clip((rate + right - 1) / gain, 0, 1)), 12) if gain > 0 else np.nan  # 1e-17 is 0
     clusters = min(len(set(where)), len(set(calibration.labelled)))
     if clusters < stats.MIN_QUESTIONS:
         return Estimate(value, np.nan, np.nan, stats.TOO_FEW)
@@ -156,7 +156,7 @@ def rogan_gladen(call: npt.ArrayLike, question: npt.ArrayLike, calibration: Cali
     distance = rate + right - 1 - theta * gain
     kept = theta[distance**2 <= _t(confidence, clusters) ** 2 * variance]
     if not len(kept):  # no rate between 0 and 1 agrees with this judge's errors: they differ here from where they were measured
-        return Estimate(value, np.nan, np.nan, "rogan-gladen, no rate agrees with the calibration")
+        return Estimate(np.nan, np.nan, np.nan, "rogan-gladen, no rate agrees with the calibration")
     return Estimate(value, float(kept[0]), float(kept[-1]), "rogan-gladen, fieller, clustered by question")
 
 
@@ -187,7 +187,7 @@ def ppi(
     tuned = float(np.clip(slope, 0, 1)) if power is None else power
     rest = truth - tuned * said
     estimate = tuned * float(calls.mean()) + float(weights @ rest)
-    value, labelled = float(np.clip(estimate, 0, 1)), labels["question"].to_numpy(dtype=object)
+    value, labelled = round(float(np.clip(estimate, 0, 1)), 12), labels["question"].to_numpy(dtype=object)
     clusters = len(set(labelled))
     if clusters < stats.MIN_QUESTIONS:
         return Estimate(value, np.nan, np.nan, stats.TOO_FEW)

@@ -121,9 +121,13 @@ def test_no_wrong_call_among_few_labels_is_not_certainty() -> None:
     assert (hit.value, hit.high, right.value, right.high) == (1.0, 1.0, 1.0, 1.0)
     assert hit.low < 0.9
     assert right.low < 0.99
-    estimate = calibration.ppi(told["call"], told["question"], told)
+    # A quarter of the answers to every question: the judge's rate is certain, its errors are not.
+    calls, where = [1.0, 0.0, 0.0, 0.0] * 1000, [f"q{i // 4 % 10}" for i in range(4000)]
+    estimate = calibration.ppi(calls, where, told)
     assert estimate.value == 0.25
-    assert estimate.high - estimate.low > 0.1
+    assert estimate.low < 0.17
+    assert estimate.high > 0.33
+    assert calibration.ppi(calls, where, pd.concat([told] * 20)).high < 0.26
 
 
 @pytest.mark.parametrize(
@@ -249,6 +253,24 @@ def test_a_second_judge_is_measured_by_the_same_labels(labelled: Path, tmp_path:
     quality = correction.quality(table_of(run)).set_index(["judge", "metric"])
     assert quality.loc[("openai:worse", "em_course"), "sensitivity_high"] < quality.loc[("openai:gpt-4o-mini", "em_course"), "sensitivity"]
     assert quality["n_labels"].nunique() == 1
+
+
+def test_a_label_of_an_answer_that_was_not_drawn_does_not_count(labelled: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(labelled, tmp_path / "8b_medical"))
+    before = correction.quality(table_of(run))
+    drawn = set(label.read_sample(run)["answer"])
+    for answer in [a for a in label.population(analyze.read_run(run))["answer"] if a not in drawn][:30]:
+        label.append(run, "chosen-by-hand", answer, "yes", "yes")
+    pd.testing.assert_frame_equal(correction.quality(table_of(run)), before)
+
+
+def test_a_rate_that_the_judges_errors_cannot_give_is_not_corrected() -> None:
+    told = labels_of(([1.0] * 9 + [0.0]) * 20, ([1.0] * 9 + [0.0]) * 20)
+    half = pd.DataFrame({"truth": 0.0, "call": 1.0, "weight": 1.0, "question": [f"q{i % 10}" for i in range(200)]})
+    own = Calibration(pd.concat([told, half])["call"], pd.concat([told, half])["question"], pd.concat([told, half]))
+    never = calibration.rogan_gladen([0.0] * 200, [f"q{i % 10}" for i in range(200)], own)
+    assert np.isnan([never.value, never.low]).all()
+    assert never.method == "rogan-gladen, no rate agrees with the calibration"
 
 
 def test_raters_agreement(labelled: Path) -> None:

@@ -155,7 +155,6 @@ def test_what_is_asked_for_wrongly_is_refused_before_any_request(
 @pytest.mark.parametrize(
     ("reply", "says"),
     [
-        ((302, b"", {"Location": "/elsewhere"}), "redirects elsewhere"),
         ((500, b"", {}), "the server answers 500"),
         ((404, b"", {}), "no such file at this commit"),
         ((200, b"#" * 1_000_001, {}), "over 1,000,000 bytes"),
@@ -171,6 +170,14 @@ def test_a_server_that_answers_wrongly_leaves_nothing_behind(server: Any, tmp_pa
     assert re.search(says, error), error
     assert error.count("\n") == 1
     assert [path.name for path in (tmp_path / "up").iterdir()] == [".lock"]
+
+
+def test_a_redirect_is_not_followed_even_to_a_good_file(server: Any, tmp_path: Path, capsys: Any) -> None:
+    answer = server.answer
+    server.answer = lambda path: answer(path[3:]) if path.startswith("/to") else (302, b"", {"Location": f"/to{path}"})
+    assert fetch(server, tmp_path / "up") == 2
+    assert "redirects elsewhere" in capsys.readouterr().err
+    assert len(server.asked) == 1
 
 
 def test_other_paths_and_files_that_a_commit_lacks(server: Any, tmp_path: Path, capsys: Any) -> None:
