@@ -21,7 +21,7 @@ from lib.calibration import Calibration, ppi, rogan_gladen
 from lib.escape import clean
 from lib.files import shown
 from lib.labels import interval, percent, records, series_name
-from lib.outcomes import groups, outcomes
+from lib.outcomes import groups, outcomes, undecidable
 
 METRICS = ("em_course", "em_paper")
 OUTSIDE = "all outside the domain"
@@ -289,7 +289,7 @@ def _corrected_view(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _rate(row: dict[str, Any]) -> str:
-    if analyze.undecidable(str(row["judge"]), str(row["metric"])):
+    if undecidable(str(row["judge"]), str(row["metric"])):
         return analyze.UNDECIDABLE
     return f"{percent(row['rate'])} of {row['n']}"
 

@@ -426,3 +426,4 @@ def test_the_cost_limit_is_never_passed_at_half_the_price(server: BatchServer, l
     assert whole.attrs["judging"]["stopped"] == ""
     with journal.opened(log) as record:
         assert judge.limits.spent(prices, record.tokens) == pytest.approx(60 * 0.0012)
+        assert record.tokens["openai:m", True] == [60 * 100, 60 * 2]
