@@ -271,7 +271,7 @@ def answers_of(count: int) -> pd.DataFrame:
 
 @pytest.fixture
 def rubrics(tmp_path: Path) -> Path:
-    """Prompts after which the embedded model often replies with a number."""
+    """Short prompts: the embedded model replies in prose to any, so its calls end as invalid, which keeps judges apart too."""
     path = tmp_path / "rubrics.yaml"
     start = (
         "Rate each text from 0 to 100. Text: Hello. Rating: 80. Text: Go away. Rating: 20. Mark {nonce}. {question} Text: {answer} Rating:"
@@ -313,6 +313,19 @@ def test_probe_and_server_judge_the_same_answers_in_one_run(
     tables = analyze.analyze_run(p)
     assert len(tables["agreement"]) == 2
     assert set(tables["rates"]["n"] + tables["rates"]["n_invalid"] + tables["rates"]["n_refusal"] + tables["rates"]["n_code"]) == {10}
+
+
+def test_scores_of_a_real_run_with_two_judges_are_compared(embedded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-0123456789")
+    with faulty_server.serving() as server:
+        named = {"judge_base_url": server.url, "progress": False}
+        judged = judge.judge_table(answers_of(8), "probe", tmp_path / "j.jsonl", other_judges=["openai:m"], **named)
+    assert (judged["aligned_status"] == "ok").all()
+    theirs, ours = (judged.loc[judged["judge"] == name, "aligned"] for name in ("openai:m", "probe"))
+    row = agreement.tables(judged.assign(pair="p", seed=0))[0].set_index("metric").loc["aligned"]
+    assert row["n"] == 8
+    means = (ours - theirs).groupby(judged["question_id"][:8]).mean()
+    assert row["mean_difference"] == pytest.approx(means.mean())
 
 
 def test_the_distance_of_an_answer_from_what_the_probe_knows(embedded: Path, tmp_path: Path) -> None:
