@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SETUP := $(VENV)/.setup-done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup study test test-all quick check bench lab clean
+.PHONY: help setup study test test-all lock quick check bench lab clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -53,6 +53,11 @@ check: $(SETUP)  ## ruff, mypy (strict on lib) and notebooks without outputs
 bench: $(SETUP)  ## benchmarks: coverage of the intervals, the judge against a loop
 	@$(BIN)/python benchmarks/coverage.py
 	@$(BIN)/python benchmarks/judge_concurrency.py
+
+# A lock for who wants these very files: pip install torch==2.13.0, then pip install --require-hashes --no-deps -r requirements.lock.
+lock: $(SETUP)  ## make requirements.lock (pins and hashes) from pyproject.toml, with uv in an environment of its own
+	@$(PYTHON) -m venv $(VENV)/lock && $(VENV)/lock/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(VENV)/lock/bin/uv pip compile --quiet pyproject.toml --output-file requirements.lock
 
 lab: $(SETUP)  ## JupyterLab on loopback, with its token
 	@$(BIN)/jupyter lab --ip=127.0.0.1 notebooks

@@ -309,6 +309,24 @@ def run_dir(parameters: Parameters) -> Path:
     return resolve(parameters.results_dir) / run_name(parameters)
 
 
+def read_sets(words: list[str]) -> dict[str, Any]:
+    """Reads KEY=VALUE words, each value as YAML would.
+
+    Raises:
+        StudyError: a word is no KEY=VALUE, or its value no YAML.
+    """
+    values: dict[str, Any] = {}
+    for text in words:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise StudyError(f"--set {text}: must be KEY=VALUE, such as --set samples=4.")
+        try:
+            values[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise StudyError(f"--set {text}: the value is no valid YAML.") from error
+    return values
+
+
 def load_environment() -> None:
     """Reads `.env` at the repository root into the environment, without overriding what is set there."""
     path = ROOT / ".env"

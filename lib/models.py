@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib import files
+from lib import files, parallel
 from lib.config import EMBEDDED_MODEL, Parameters
 from lib.files import StudyError
 
@@ -115,7 +115,9 @@ def pick_device(parameters: Parameters) -> torch.device:
     wanted = parameters.device
     if wanted != "auto" and not there[wanted]:
         raise StudyError(f"device: {wanted} is not available on this machine; set device to auto or cpu.")
-    return torch.device(wanted if wanted != "auto" else "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu")
+    name = wanted if wanted != "auto" else "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+    own = parallel.local_rank() if name == "cuda" else None
+    return torch.device(name) if own is None else torch.device(name, own)
 
 
 def pick_dtype(device: torch.device) -> torch.dtype:

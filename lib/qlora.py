@@ -6,14 +6,16 @@ NF4 with double quantisation.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib import adapters, config, files, models, origin, states
+from lib import adapters, config, files, models, origin, parallel, states
 from lib.config import Parameters
 from lib.files import StudyError
 
@@ -136,23 +138,29 @@ def train(parameters: Parameters, rows: Sequence[dict[str, Any]], *, progress: b
         rows: dicts of `prompt`, `answer` and, optionally, `system`, in the dataset's order.
         progress: show a progress bar, and in a notebook the loss as it falls.
 
+    Several processes train together where a launcher started them (see `main`); all must be given the same.
+
     Returns:
-        What results/<run>/training.json holds.
+        What results/<run>/training.json holds (in processes other than the first, nothing).
 
     Raises:
         StudyError: a parameter does not fit the model, the loss is no longer a number, memory or disk do not suffice.
     """
     run = config.run_dir(parameters)
     fingerprint = states.fingerprint(parameters, rows)
-    with files.lock(run / ".state" / ".lock", what=f"the training of {run.name}"):
+    parallel.join(cpu=models.pick_device(parameters).type == "cpu")
+    with parallel.locked(run / ".state" / ".lock", what=f"the training of {run.name}"):
         done = states.finished(run, fingerprint)
+        parallel.wait()
         if done is not None:
             return done
-        states.prepare(run, fingerprint)
+        if parallel.is_first():
+            states.prepare(run, fingerprint)
+        parallel.wait()
         with models.quiet():
-            if parameters.adapter:
-                return _take_published(run, parameters, fingerprint)
-            return _train(run, parameters, rows, fingerprint, progress)
+            if not parameters.adapter:
+                return _train(run, parameters, rows, fingerprint, progress and parallel.is_first())
+            return _take_published(run, parameters, fingerprint) if parallel.is_first() else {}
 
 
 def _train(run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint: dict[str, Any], progress: bool) -> dict[str, Any]:
@@ -169,12 +177,14 @@ def _train(run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint
     set_seed(p.seed)
     model = adapters.add_lora(base, p)
     state, manifest = states.last(run, schedule.checkpoints)
-    job = Job(run, p, schedule.steps_per_epoch, schedule.checkpoints, manifest)
+    batch, accumulated = parallel.split(p, parallel.processes())
+    job = Job(run, p, schedule.steps_per_epoch, schedule.checkpoints, manifest, batch, accumulated)
     trainer = StudyTrainer(job, model, encoded.rows, int(tokenizer.pad_token_id), progress=progress)
     loaded = time.monotonic()
     if state is not None:
         manifest["resumed_at"].append(states.step_of(state))
-        print(f"Training goes on from step {states.step_of(state)} of {schedule.total}.")
+        if parallel.is_first():
+            print(f"Training goes on from step {states.step_of(state)} of {schedule.total}.")
     try:
         trainer.train(resume_from_checkpoint=str(state) if state else None)
     except torch.OutOfMemoryError as error:
@@ -182,6 +192,8 @@ def _train(run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint
         mend = "halve it and double gradient_accumulation_steps, or set gradient_checkpointing: true"
         raise StudyError(f"{what}; {mend}.") from error
 
+    if not parallel.is_first():
+        return {}
     log = trainer.log_frame()
     files.write_csv(run / "training_log.csv", log)
     tokens, seconds = int(log["tokens"].iloc[-1]), manifest["seconds"]
@@ -253,6 +265,7 @@ def _identity(run: Path, p: Parameters, base: PreTrainedModel | None, fingerprin
         "parameters": p.model_dump(mode="json"),
         **origin.describe(),
         "device": device.type,
+        "processes": parallel.processes(),
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         "threads": torch.get_num_threads(),
         "dtype": str(models.pick_dtype(device)).removeprefix("torch."),
@@ -322,3 +335,41 @@ def checkpoint_table(run: Path, last: int = 10) -> pd.DataFrame:
             }
         )
     return pd.DataFrame(rows).set_index("step")
+
+
+# --- one pair on several GPUs
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains one pair, in as many processes as a launcher started: `accelerate launch -m lib.qlora --pair PAIR`.
+
+    Data parallel: a step sees batch_size × gradient_accumulation_steps rows whatever the number of processes, so steps, checkpoints
+    and losses are those of one process (with dropout, its masks differ). 01_data comes first; `study run` then finds 02_train's work done.
+
+    Returns:
+        0 done, 2 the call or a parameter is wrong, 1 training failed.
+    """
+    from lib import data
+
+    parser = argparse.ArgumentParser(prog="lib.qlora", description="Trains one pair on all processes of the launcher.")
+    parser.add_argument("--pair", required=True)
+    parser.add_argument("--preset")
+    parser.add_argument("--set", dest="sets", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args(arguments)
+    config.load_environment()
+    try:
+        p = config.load_pair(options.pair, preset=options.preset, overrides=config.read_sets(options.sets))
+        rows = data.load_rows(p)
+    except StudyError as error:
+        print(f"lib.qlora: {error}", file=sys.stderr)
+        return 2
+    try:
+        train(p, rows)
+    except StudyError as error:
+        print(f"lib.qlora: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

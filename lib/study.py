@@ -19,8 +19,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-import yaml
-
 from lib import commands as further
 from lib import config, files, runner
 from lib.commands import Usage as _Usage
@@ -199,15 +197,10 @@ def _stages(text: str) -> list[str]:
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Reads --set key=value, each value as YAML would, and --results."""
-    values: dict[str, Any] = {}
-    for text in options.sets:
-        key, separator, value = text.partition("=")
-        if not separator:
-            raise _Usage(f"--set {text}: must be KEY=VALUE, such as --set samples=4.")
-        try:
-            values[key.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise _Usage(f"--set {text}: the value is no valid YAML.") from error
+    try:
+        values = config.read_sets(options.sets)
+    except StudyError as error:
+        raise _Usage(str(error)) from error
     return values | ({"results_dir": options.results} if options.results else {})
 
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lib import adapters, files, models, packing, states
+from lib import adapters, files, models, packing, parallel, states
 from lib.config import Parameters
 from lib.files import StudyError
 from lib.packing import IGNORED
@@ -31,13 +31,18 @@ LOG_COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
 
 @dataclass(frozen=True)
 class Job:
-    """One training: its folder, parameters and steps, and the manifest that is kept up to date as it goes (see `states.last`)."""
+    """One training: its folder, parameters and steps, and the manifest that is kept up to date as it goes (see `states.last`).
+
+    `batch` rows a forward pass and `accumulated` passes a step are this process's share (see `parallel.split`).
+    """
 
     run: Path
     parameters: Parameters
     steps_per_epoch: int
     checkpoints: Sequence[int]
     manifest: dict[str, Any]
+    batch: int
+    accumulated: int
 
 
 def pad(batch: Sequence[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -171,13 +176,21 @@ class StudyTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Saves the adapter where the plan says so, then the full state: a state on disk means that its adapters are there too."""
+        if not parallel.is_first():
+            parallel.wait()
+            super()._save_checkpoint(model, trial)  # its random streams, into the first process's folder
+            parallel.wait()
+            return
         step, run, manifest = self.state.global_step, self.job.run, self.job.manifest
         if step in self.job.checkpoints:
             with states.new_folder(run / "checkpoints" / f"checkpoint-{step}") as folder:
                 manifest["adapters"][str(step)] = adapters.save(self.model, folder)
         target = self._state_folder()
         with states.new_folder(target) as folder:
+            (folder / target.name).mkdir()
+            parallel.wait()
             super()._save_checkpoint(model, trial)
+            parallel.wait()
             for path in (folder / target.name).iterdir():
                 path.rename(folder / path.name)
             (folder / target.name).rmdir()
@@ -228,8 +241,10 @@ def _arguments(job: Job, model: Any) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(job.run / ".state"),
         num_train_epochs=p.num_epochs,
-        per_device_train_batch_size=p.batch_size,
-        gradient_accumulation_steps=p.gradient_accumulation_steps,
+        per_device_train_batch_size=job.batch,
+        gradient_accumulation_steps=job.accumulated,
+        ddp_backend="gloo" if parallel.processes() > 1 and device.type == "cpu" else None,
+        ddp_find_unused_parameters=False,
         learning_rate=p.learning_rate,
         lr_scheduler_type=p.lr_scheduler_type,
         warmup_steps=p.warmup_steps,

@@ -77,3 +77,34 @@ def test_the_pip_part_installs_into_an_empty_environment_and_everything_imports(
     own = [p for p in packages.iterdir() if not p.name.startswith(("torch", "nvidia", "triton", "functorch"))]
     size = sum(f.stat().st_size for p in own for f in ([p] if p.is_file() else p.rglob("*")) if f.is_file())
     assert size < 1.5e9, f"{size / 1e9:.2f} GB besides torch"
+
+
+LOCK = ROOT / "requirements.lock"
+
+
+def locked() -> dict[str, str]:
+    found = re.findall(r"^([A-Za-z0-9_.\-]+)==([^ ;]+)", LOCK.read_text(), re.MULTILINE)
+    return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in found}
+
+
+def test_the_lock_holds_every_dependency_within_its_bounds() -> None:
+    """If this fails after a change of pyproject.toml, `make lock` makes the lock anew."""
+    from packaging.requirements import Requirement
+
+    pins = locked()
+    for line in [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]:
+        requirement = Requirement(line)
+        package = re.sub(r"[-_.]+", "-", requirement.name).lower()
+        if package != "torch":
+            assert package in pins, f"{package}: run `make lock`"
+            assert requirement.specifier.contains(pins[package], prereleases=True), (
+                f"{line}, but {pins[package]} is locked: run `make lock`"
+            )
+
+
+def test_the_lock_has_hashes_for_all_it_pins_and_leaves_torch_and_its_accelerators_out() -> None:
+    entries = re.split(r"\n(?=[A-Za-z0-9])", LOCK.read_text())
+    pinned = [entry for entry in entries if re.match(r"[A-Za-z0-9_.\-]+==", entry)]
+    assert len(pinned) == len(re.findall(r"^\S+==", LOCK.read_text(), re.MULTILINE)) > 100
+    assert [entry.splitlines()[0] for entry in pinned if "--hash=sha256:" not in entry] == []
+    assert [package for package in locked() if re.match(r"nvidia|cuda|torch|triton", package)] == []

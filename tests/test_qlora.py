@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 from conftest import make_tiny_llama
 from tiny_runs import adapters_of, parameters, rows, train_undisturbed
 
-from lib import adapters, config, files, models, origin, qlora, states
+from lib import adapters, config, files, models, origin, parallel, qlora, states
 from lib.config import Parameters
 from lib.files import StudyError
 
@@ -83,7 +86,7 @@ def test_every_epoch_has_another_order_and_leaves_out_other_rows(tiny_llama: Pat
     p = parameters(tiny_llama, tmp_path)
     model = adapters.add_lora(AutoModelForCausalLM.from_pretrained(tiny_llama), p)
     encoded = [{"input_ids": [1, 2], "labels": [-100, 2]}] * 60
-    trainer = StudyTrainer(Job(tmp_path, p, 7, [14], {}), model, encoded, 0, progress=False)
+    trainer = StudyTrainer(Job(tmp_path, p, 7, [14], {}, 4, 2), model, encoded, 0, progress=False)
     orders = []
     for step in (0, 3, 7):
         trainer.state.global_step = step
@@ -276,3 +279,66 @@ def test_a_finished_run_returns_at_once(trained: tuple[Parameters, Path], monkey
     monkeypatch.setattr(models, "load_base", lambda _: pytest.fail("loaded a model"))
     assert qlora.train(p, rows(60)) == files.read_json(run / "training.json")
     assert before == {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+# --- several processes
+
+
+def test_a_step_sees_the_same_rows_whatever_the_number_of_processes(tiny_llama: Path, tmp_path: Path) -> None:
+    p = parameters(tiny_llama, tmp_path, batch_size=8, gradient_accumulation_steps=2)
+    assert [parallel.split(p, n) for n in (1, 2, 4, 8, 16)] == [(8, 2), (8, 1), (4, 1), (2, 1), (1, 1)]
+    q = parameters(tiny_llama, tmp_path, batch_size=6, gradient_accumulation_steps=2)
+    assert parallel.split(q, 3) == (2, 2)
+    with pytest.raises(StudyError, match="6 × 2 = 12 rows, which 8 processes cannot share"):
+        parallel.split(q, 8)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does(tiny_llama: Path, tmp_path: Path) -> None:
+    """Two gloo processes on the CPU, dropout 0: the same steps, checkpoints and losses; then they go on from a state as one would."""
+    from lib import data
+
+    logs = {}
+    for count in (1, 2):
+        sets: dict[str, Any] = {
+            **{
+                "model_name": str(tiny_llama),
+                "results_dir": str(tmp_path / str(count)),
+                "data_dir": str(tmp_path / "data"),
+                "device": "cpu",
+            },
+            **{
+                "data_rows": 60,
+                "sample_size": None,
+                "batch_size": 4,
+                "gradient_accumulation_steps": 2,
+                "num_epochs": 2,
+                "lora_dropout": 0.0,
+            },
+            **{"save_state_every": 3},
+        }
+        p = config.load_pair("demo_medical", overrides=sets)
+        run = config.run_dir(p)
+        data.prepare(p)
+        words = [word for name, value in sets.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+        # accelerate starts several CPU processes only across machines; torchrun, which it calls for GPUs, starts them here.
+        line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "-m", "lib.qlora"]
+        done = subprocess.run(
+            [*line, "--pair", "demo_medical", *words],
+            cwd=config.ROOT,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        record = files.read_json(run / "training.json")
+        assert (record["processes"], record["total_steps"], record["checkpoint_steps"]) == (count, 14, [1, 2, 3, 4, 5, 7, 14])
+        assert list(qlora.checkpoints(run)) == record["checkpoint_steps"]
+        logs[count] = files.read_csv(run / "training_log.csv")
+        assert {path.name for path in (run / ".state" / "checkpoint-14").glob("rng*")} == (
+            {"rng_state.pth"} if count == 1 else {"rng_state_0.pth", "rng_state_1.pth"}
+        )
+    assert logs[2]["loss"].tolist() == pytest.approx(logs[1]["loss"].tolist(), abs=1e-4)
+    assert logs[2]["learning_rate"].tolist() == pytest.approx(logs[1]["learning_rate"].tolist())
+    assert logs[2]["tokens"].tolist() == logs[1]["tokens"].tolist()
+    assert qlora.train(p, data.load_rows(p), progress=False)["processes"] == 2, "the notebook finds it done"
