@@ -50,9 +50,11 @@ check: $(SETUP)  ## ruff, mypy (strict on lib) and notebooks without outputs
 	@$(BIN)/mypy
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 
-bench: $(SETUP)  ## benchmarks: coverage of the intervals, the judge against a loop
+bench: $(SETUP)  ## benchmarks: coverage of the intervals, the judge, and speed beside what people use (an hour)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	@$(BIN)/python benchmarks/coverage.py
 	@$(BIN)/python benchmarks/judge_concurrency.py
+	@$(BIN)/python benchmarks/throughput.py
 
 # A lock for who wants these very files: pip install torch==2.13.0, then pip install --require-hashes --no-deps -r requirements.lock.
 lock: $(SETUP)  ## make requirements.lock (pins and hashes) from pyproject.toml, with uv in an environment of its own

@@ -124,7 +124,7 @@ def train(repeats: int) -> Iterator[dict[str, Any]]:
 
         def ours() -> float:
             manifest: dict[str, Any] = {"seconds": 0.0, "adapters": {}}
-            job = Job(Path(folder), p, schedule.steps_per_epoch, [], manifest)
+            job = Job(Path(folder), p, schedule.steps_per_epoch, [], manifest, p.batch_size, 1)
             return run(StudyTrainer(job, lora("auto"), encoded, int(tokenizer.pad_token_id), progress=False), "ours")
 
         def theirs() -> float:

@@ -226,7 +226,8 @@ def _slice_seconds(p: Parameters, config: PretrainedConfig, layers: int, rows: l
         own = p.model_copy(update={"model_name": folder, "model_revision": None, "num_epochs": 1, "warmup_steps": 0})
         model = adapters.add_lora(models.load_base(own), own)
         order = [row for _ in range(-(-(_STEPS + 1) * _rows_a_step(p) // len(rows))) for row in rows][: (_STEPS + 1) * _rows_a_step(p)]
-        job = Job(Path(folder), own, _STEPS + 1, [], {"seconds": 0.0, "adapters": {}, "resumed_at": []})
+        manifest: dict[str, Any] = {"seconds": 0.0, "adapters": {}, "resumed_at": []}
+        job = Job(Path(folder), own, _STEPS + 1, [], manifest, own.batch_size, own.gradient_accumulation_steps)
         trainer = StudyTrainer(job, model, order, pad_id, progress=False)
         trainer.add_callback(clock)
         trainer.train()
