@@ -168,7 +168,7 @@ table.answers th, table.answers td {{ border: 1px solid #bdbdbd; padding: .5rem;
 table.answers thead th {{ background: #333; color: #fff; }}
 table.answers col.run {{ width: 15%; }}
 """
-    + "@media (prefers-color-scheme: dark) { table.answers caption { color: #e8e8e8; } }\n</style>"
+    + "@media screen and (prefers-color-scheme: dark) { table.answers caption { color: #e8e8e8; } }\n</style>"
 )
 
 
@@ -209,7 +209,7 @@ def _html_cell(record: Mapping[str, Any] | None, span: str) -> str:
     text = fold(clean(record["response"], 10 * _LIMIT), html_text(record["response"], 10 * _LIMIT) or "(no text)")
     # The style stands in the cell: JupyterLab drops style sheets from notebooks that it did not run itself.
     style = f"background:{fill(label)};color:{theme.INK};{_CELL};white-space:pre-wrap"
-    return f'<td{span} style="{style}"><b>{score}</b><br>{text}</td>'
+    return f'<td{span} class="{label if label in FILLS else "unscored"}" style="{style}"><b>{score}</b><br>{text}</td>'
 
 
 def beside_figure(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], title: str) -> go.Figure:
