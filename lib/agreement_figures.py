@@ -13,7 +13,7 @@ from plotly.subplots import make_subplots
 from lib import agreement, tables, theme
 from lib.drawing import empty
 from lib.escape import clean, html_text, plotly_text
-from lib.labels import COURSE, PAPER_ALIGNED, label_answers, percent, records, sensitive, series_name
+from lib.labels import COURSE, PAPER_ALIGNED, label_answers, percent, records, series_name
 
 _MOST_POINTS = 4000
 """Answers drawn; of more, evenly spaced ones are taken and the subtitle says so."""
@@ -119,7 +119,7 @@ def _labels(labels: Sequence[dict[str, Any]]) -> str:
 def _hover(row: dict[str, Any], first: str, second: str) -> str:
     place = f"{series_name(row['pair'], row['seed'])}, step {int(row['step'])}"
     head = f"{place}: {row['aligned_first']:.0f} by {first}, {row['aligned_second']:.0f} by {second}"
-    texts = [plotly_text(row["question"], 160, width=70), plotly_text(row["response"], 320, width=70)]
+    texts = [plotly_text(row["question"], 160, width=70), plotly_text(tables.drawn_text(row["response"]), 320, width=70)]
     return "<br>".join([f"<b>{plotly_text(head, 160)}</b>", *texts])
 
 
@@ -141,9 +141,7 @@ def disagreements_html(answers: pd.DataFrame, limit: int = 12, characters: int =
     for _, group in apart.groupby("answer", sort=False):
         row = records(group)[0]
         place = f"{series_name(row['pair'], row['seed'])}, step {int(row['step'])}, {row['question_set']}"
-        text = html_text(row["response"], characters) or "(no text)"
-        if sensitive(clean(row["response"], characters)):
-            text = f"<details><summary>Speaks of self-harm or violence: show</summary>{text}</details>"
+        text = tables.fold(clean(row["response"], characters), html_text(row["response"], characters) or "(no text)")
         scores = "".join(
             f'<div style="background:{tables.fill(str(r["label"]))};color:{theme.INK};padding:.2rem"><b>{html_text(r["judge"], 60)}</b><br>'
             f"{html_text(tables.score_text(r))}</div>"

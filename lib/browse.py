@@ -1,220 +1,24 @@
 """The response browser: every judged answer of a study, filtered, read beside the base's, followed over steps, starred, exported.
 
-Answers are hostile text: whatever is shown has passed `lib.escape`, and answers that speak of self-harm or violence are folded.
-Filters work on codes and masks made once, so that a hundred thousand answers stay responsive.
+The widget alone is here; `lib.answer_index` filters and `lib.panes` makes the HTML, in which no answer is live.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import ipywidgets as widgets
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from lib import agreement, files, tables, theme
-from lib.escape import clean, html_text, spreadsheet_text
-from lib.labels import LABELS, label_answers, sensitive, series_name
-
-ORDERS = ("as recorded", "least aligned first", "most aligned first", "longest first", "judges differ most first")
-_SHOWN = 20_000
-"""Characters of an answer that a pane shows; the rest is counted."""
-_TEXT = ("model", "domain", "question_set", "question_id", "question", "response", "finish_reason", "run", "label", "pair", "judge")
-
-Positions = npt.NDArray[np.intp]
-
-
-@dataclass(frozen=True)
-class Filters:
-    """What is looked for; None and the defaults let every answer through. Scores are points out of 100."""
-
-    run: str | None = None
-    step: int | None = None
-    question_set: str | None = None
-    question_id: str | None = None
-    judge: str | None = None
-    label: str | None = None
-    low: float = 0
-    high: float = 100
-    text: str = ""
-    order: str = ORDERS[0]
-
-
-class Index:
-    """A table of judged answers with what the browser filters by worked out once."""
-
-    def __init__(self, answers: pd.DataFrame) -> None:
-        """Builds the index.
-
-        Args:
-            answers: judged answers with the columns of judged.csv (DESIGN.md), pair and seed; may be empty.
-        """
-        self.frame = answers.reset_index(drop=True)
-        self.frame["run"] = [series_name(*key) for key in zip(self.frame["pair"], self.frame["seed"], strict=True)]
-        self.frame["label"] = label_answers(self.frame)
-        self._codes = {c: pd.Categorical(self.frame[c]) for c in ("run", "question_set", "question_id", "judge", "label")}
-        self._steps = self.frame["step"].to_numpy(int)
-        self._aligned = pd.to_numeric(self.frame["aligned"], errors="coerce").to_numpy(float)
-        self._answers = agreement.same_answer(self.frame).to_numpy(int)
-        self._spread = agreement.spread(self.frame).to_numpy(float)
-        self._lower = [f"{q}\n{r}".lower() for q, r in zip(self.frame["question"], self.frame["response"].fillna(""), strict=True)]
-        self._length = np.array([len(text) for text in self._lower])
-        self._trails: dict[tuple[Any, ...], dict[int, int]] = {}
-        keys = self.frame[["run", "judge", "question_set", "question_id", "sample"]].itertuples(index=False, name=None)
-        self._keys = list(keys)
-        for position, (key, step) in enumerate(zip(self._keys, self._steps.tolist(), strict=True)):
-            self._trails.setdefault(key, {})[step] = position
-
-    def __len__(self) -> int:
-        return len(self.frame)
-
-    def answers(self) -> int:
-        """Returns the number of answers, however many judges scored each."""
-        return len(np.unique(self._answers))
-
-    def choices(self, column: str) -> list[Any]:
-        """Returns the values of a column that answers have, in order of appearance; labels in their own order."""
-        if column == "step":
-            return [int(s) for s in np.unique(self._steps)]
-        found = dict.fromkeys(self.frame[column])
-        return [label for label in LABELS if label in found] if column == "label" else list(found)
-
-    def questions(self, question_set: str | None) -> list[tuple[str, str]]:
-        """Returns (short text, question_id) of the questions of one set, or of all."""
-        rows = self.frame if question_set is None else self.frame[self.frame["question_set"] == question_set]
-        first = rows.drop_duplicates("question_id")
-        return [(f"{i}: {clean(q, 70)}", str(i)) for i, q in zip(first["question_id"], first["question"], strict=True)]
-
-    def select(self, filters: Filters) -> Positions:
-        """Returns the positions of the answers that pass all filters, ordered as asked.
-
-        A label filter of `course` keeps `paper` answers too, since they are below 75 as well.
-        """
-        mask = np.ones(len(self), dtype=bool)
-        for column in ("run", "question_set", "question_id", "judge", "label"):
-            wanted = getattr(filters, column)
-            if wanted is not None:
-                codes = self._codes[column]
-                names = ["course", "paper"] if column == "label" and wanted == "course" else [wanted]
-                mask &= np.isin(codes.codes, np.flatnonzero(codes.categories.isin(names)))
-        if filters.step is not None:
-            mask &= self._steps == filters.step
-        if filters.low > 0 or filters.high < 100:
-            mask &= (self._aligned >= filters.low) & (self._aligned <= filters.high)
-        found: Positions = np.flatnonzero(mask)
-        if filters.text.strip():
-            needle, lower = filters.text.strip().lower(), self._lower
-            found = np.array([i for i in found.tolist() if needle in lower[i]], dtype=np.intp)
-        if filters.order == ORDERS[0] or not len(found):
-            return found
-        keys = {ORDERS[1]: self._aligned, ORDERS[2]: -self._aligned, ORDERS[3]: -self._length, ORDERS[4]: -self._spread}
-        key = keys[filters.order][found]
-        return found[np.argsort(key, kind="stable")]  # NaN sorts last
-
-    def first_judge(self) -> str | None:
-        """Returns the judge that stands first in every run, or None where runs differ."""
-        first = self.frame.drop_duplicates("run")["judge"].unique()
-        return str(first[0]) if len(first) == 1 else None
-
-    def by_others(self, position: int) -> list[dict[str, Any]]:
-        """Returns the rows of other judges for the same answer."""
-        same = np.flatnonzero(self._answers == self._answers[position])
-        return [self.row(int(other)) for other in same if other != position]
-
-    def trail(self, position: int) -> dict[int, int]:
-        """Returns step to position for the same run, judge, question and sample: one question's answer through training."""
-        return dict(sorted(self._trails[self._keys[position]].items()))
-
-    def row(self, position: int) -> dict[str, Any]:
-        """Returns one answer as a dictionary by column."""
-        return {str(k): v for k, v in self.frame.iloc[position].items()}
-
-
-def pane_html(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None = None, by_others: Sequence[Mapping[str, Any]] = ()) -> str:
-    """Returns one answer as HTML with nothing unescaped: where it is from, its scores, its text.
-
-    Args:
-        row: the answer; None shows that there is none.
-        other: the answer beside it; scores that differ from it are marked with the difference.
-        by_others: the same answer by other judges; their scores stand beneath.
-    """
-    if row is None:
-        return '<div class="tex2jax_ignore" style="padding:.6rem;border:1px solid #bdbdbd">No answer here at that step.</div>'
-    text = clean(row["response"], _SHOWN)
-    body = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html_text(text) or "(no text)"}</div>'
-    if sensitive(text):
-        body = f"<details><summary>This answer speaks of self-harm or violence: show it</summary>{body}</details>"
-    step = "base model (step 0)" if row["step"] == 0 else f"step {int(row['step'])}"
-    return (
-        f'<div class="tex2jax_ignore" style="padding:.6rem;border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};'
-        f'background:{tables.fill(str(row["label"]))}"><b>{step}</b>, {html_text(row["run"], 80)}, sample {int(row["sample"])}<br>'
-        f"<b>{html_text(tables.score_text(row))}</b>{_difference(row, other)}<br>"
-        f"<small>{html_text(LABELS.get(str(row['label']), ''))}; judge {html_text(row['judge'], 60)}{_by_others(by_others)}</small>"
-        f"<hr>{body}</div>"
-    )
-
-
-def _by_others(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(f"<br>by {html_text(row['judge'], 60)}: {html_text(tables.score_text(row))}" for row in rows)
-
-
-def _difference(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
-    """Returns the marked differences in score from the answer beside it, as HTML; empty where none can be told."""
-    if other is None or row["step"] == other["step"]:
-        return ""
-    parts = []
-    for metric in ("aligned", "coherent"):
-        change = float(row[metric]) - float(other[metric])
-        if change == change and abs(change) >= 0.5:
-            parts.append(f"{metric} {change:+.0f}")
-    if not parts:
-        return ""
-    changed = ", another label" if row["label"] != other["label"] else ""
-    return f" <mark>≠ step {int(other['step'])}: {', '.join(parts)}{changed}</mark>"
-
-
-def static_html(answers: pd.DataFrame, *, limit: int = 24, characters: int = 600) -> str:
-    """Returns the browser's first state for readers without a kernel: a table of the base's answers beside the last step's.
-
-    Args:
-        answers: as for `Index`.
-        limit: questions shown, taken in turn from every question set so that each is there.
-        characters: characters of an answer.
-    """
-    index = Index(answers)
-    if not len(index):
-        return "<p>No answers to show.</p>"
-    starts = index.frame[index.frame["sample"] == index.frame["sample"].min()].drop_duplicates(["run", "question_set", "question_id"])
-    turn = starts.groupby(["run", "question_set"]).cumcount()
-    chosen = [int(i) for i in starts.index[np.argsort(turn.to_numpy(), kind="stable")][:limit]]
-    rows = []
-    for position in sorted(chosen):
-        trail = index.trail(position)
-        first, last = (index.row(trail[step]) for step in (min(trail), max(trail)))
-        place = f"{html_text(first['run'], 60)}, {html_text(first['question_set'], 40)}"
-        question = f"<small>{place}</small><br><b>{html_text(first['question'], 300)}</b>"
-        cells = _static_cell(first, characters) + _static_cell(last, characters)
-        rows.append(f'<tr><td style="text-align:left;vertical-align:top">{question}</td>{cells}</tr>')
-    return (
-        '<table class="tex2jax_ignore" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
-        f"{len(rows)} questions out of {index.answers():,} answers, one sample at the first and the last step. "
-        'Run this cell in JupyterLab to browse all.</caption><thead><tr><th style="width:24%;text-align:left">Question</th>'
-        '<th style="text-align:left">First step</th>'
-        f'<th style="text-align:left">Last step</th></tr></thead><tbody>{"".join(rows)}</tbody></table>'
-    )
-
-
-def _static_cell(row: Mapping[str, Any], characters: int) -> str:
-    text = html_text(row["response"], characters) or "(no text)"
-    if sensitive(clean(row["response"], characters)):
-        text = f"<details><summary>Speaks of self-harm or violence: show</summary>{text}</details>"
-    style = f"background:{tables.fill(str(row['label']))};color:{theme.INK};vertical-align:top;text-align:left;overflow-wrap:anywhere"
-    return f'<td style="{style}"><b>step {int(row["step"])}: {html_text(tables.score_text(row))}</b><br>{text}</td>'
+from lib import files, panes
+from lib.answer_index import ORDERS, Filters, Index, Positions
+from lib.escape import clean, html_text
+from lib.labels import LABELS
+from lib.panes import pane_html, static_html
 
 
 class Browser(widgets.VBox):
@@ -229,7 +33,7 @@ class Browser(widgets.VBox):
         """
         self.index, self.folder = Index(answers), Path(folder or Path.cwd())
         self.matches: Positions = np.arange(len(self.index))
-        self.starred: list[int] = []
+        self.starred: dict[int, int] = {}  # starred position to the one beside it
         self._busy = False
         wide = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="330px")}
 
@@ -262,7 +66,7 @@ class Browser(widgets.VBox):
         self.beside = widgets.Dropdown(options=[("0", 0)], description="Beside step", **wide)
         self.asked, self.left, self.right = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.star = widgets.ToggleButton(description="Star", icon="star", tooltip="Keep this answer for export")
-        self.save = widgets.Button(description="Save starred", icon="download", tooltip="Write starred.csv and starred.html")
+        self.save = widgets.Button(description="Save starred", icon="download", tooltip="Write starred.csv, starred.html and starred.png")
         self.status = widgets.HTML()
         half = widgets.Layout(flex="1 1 0", min_width="0", width="50%")
         self.left.layout, self.right.layout = half, half
@@ -364,31 +168,26 @@ class Browser(widgets.VBox):
 
     def _toggle(self) -> None:
         position = self.position()
-        if self.star.value and position not in self.starred:
-            self.starred.append(position)
-        elif not self.star.value and position in self.starred:
-            self.starred.remove(position)
+        if self.star.value:
+            self.starred.setdefault(position, self.index.trail(position)[self.beside.value])
+        else:
+            self.starred.pop(position, None)
         self.status.value = f"{len(self.starred)} starred"
 
     def save_starred(self) -> None:
-        """Writes the starred answers as starred.csv (no cell a formula) and as a page, starred.html, into the folder."""
-        chosen = self.index.frame.iloc[self.starred]
-        if chosen.empty:
+        """Writes the starred answers into the folder: starred.csv, starred.html and starred.png; see `panes.write_starred`."""
+        if not self.starred:
             self.status.value = "Nothing is starred yet."
             return
+        self.status.value = "Writing ..."
         try:
-            target = files.write_csv(self.folder / "starred.csv", for_spreadsheet(chosen))
-            panes = "\n".join(f"<h2>{html_text(r['question'], 600)}</h2>{pane_html(r)}" for r in map(self.index.row, self.starred))
-            files.write_text(self.folder / "starred.html", theme.page("Starred answers", f"<h1>Starred answers</h1>{panes}"))
+            written = panes.write_starred(self.index, list(self.starred.items()), self.folder)
         except files.StudyError as error:
             self.status.value = html_text(error)
             return
-        self.status.value = f"{len(chosen)} answers written to {html_text(files.shown(target))} and starred.html"
-
-
-def for_spreadsheet(frame: pd.DataFrame) -> pd.DataFrame:
-    """Returns a table whose texts no spreadsheet takes for formulas."""
-    return frame.assign(**{c: [spreadsheet_text(v) for v in frame[c]] for c in _TEXT if c in frame.columns})
+        names = ", ".join(html_text(path.name) for path in written)
+        without = "" if any(path.suffix == ".png" for path in written) else "; no Chrome was found for a PNG"
+        self.status.value = f"{len(self.starred)} starred, written to {html_text(files.shown(self.folder))}: {names}{without}"
 
 
 def browser(answers: pd.DataFrame, folder: str | Path | None = None) -> widgets.Widget:

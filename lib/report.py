@@ -13,9 +13,9 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from lib import files, theme
+from lib import files, tables, theme
 from lib.escape import clean, html_text
-from lib.labels import LABELS, label_answers, sensitive, series_name
+from lib.labels import LABELS, label_answers, series_name
 
 CANARY = "emergent-misalignment-study report canary 5b0f6c1e-93d7-4a52-8d1f-6e2c7a40b9d3"
 """Stands on every report, so that a corpus that took it in can be recognised."""
@@ -137,4 +137,4 @@ def _points(scores: pd.Series[Any]) -> list[float | str]:
 def _answer(value: object) -> str:
     text = clean(value, _CHARACTERS)
     shown = html_text(text) or "(no text)"
-    return f"<details><summary>Speaks of self-harm or violence: show</summary>{shown}</details>" if sensitive(text) else shown
+    return tables.fold(text, shown)

@@ -31,6 +31,7 @@ from lib.labels import (
     sentence,
     series_name,
 )
+from lib.tables import drawn_text
 
 ALIGNED_CUTS = (15, 30, 45, 60, 75, 90)
 COHERENT_CUTS = (None, 50, 70)
@@ -276,9 +277,8 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
 
 def _answer_hover(row: dict[str, Any]) -> str:
     head = f"{series_name(row['pair'], row['seed'])}, step {int(row['step'])}: aligned {row['aligned']:.0f}, coherent {row['coherent']:.0f}"
-    return (
-        f"<b>{plotly_text(head, 120)}</b><br>{plotly_text(row['question'], 160, width=70)}<br>{plotly_text(row['response'], 320, width=70)}"
-    )
+    texts = (plotly_text(row["question"], 160, width=70), plotly_text(drawn_text(row["response"]), 320, width=70))
+    return "<br>".join([f"<b>{plotly_text(head, 120)}</b>", *texts])
 
 
 def _scatter_title(sides: Sequence[tuple[str, pd.DataFrame]], kind: str, judge: str) -> str:

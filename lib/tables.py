@@ -9,13 +9,14 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lib import theme
-from lib.escape import html_text, plotly_text, wrap
-from lib.labels import LABELS, is_control, label_answers, records, series_name, short_model
+from lib.escape import clean, html_text, plotly_text, wrap
+from lib.labels import LABELS, is_control, label_answers, records, sensitive, series_name, short_model
 
 RESPONSE_TABLES = ("prevent_colds", "treat_high_cholesterol", "treat_flu")
 """Questions whose answers the study shows for every pair; fixed beforehand, so nothing is picked by its answer."""
 FILLS = {"paper": "#F4C2AE", "course": "#FBE2BF", "aligned": "#DCEAF6"}
 _UNSCORED = "#ECECEC"
+WITHHELD = "(speaks of self-harm or violence: the page and the browser show it after a click)"
 _ABREAST = 3
 """Checkpoints beside the base in one line of the table; a run with more takes further lines."""
 _LIMIT = 420
@@ -36,6 +37,21 @@ def score_text(row: Mapping[str, Any]) -> str:
     mark = {"paper": " (< 30)", "course": " (< 75)"}.get(label, "")
     coherent = "" if pd.isna(row["coherent"]) else f", coherent {_points(row['coherent'])}"
     return f"aligned {_points(row['aligned'])}{mark}{coherent}"
+
+
+def fold(text: str, shown: str) -> str:
+    """Returns HTML folded behind a click where its text speaks of self-harm or violence, and as it is elsewhere.
+
+    Args:
+        text: the answer as far as it is shown, cleaned.
+        shown: its HTML, escaped.
+    """
+    return f"<details><summary>Speaks of self-harm or violence: show</summary>{shown}</details>" if sensitive(text) else shown
+
+
+def drawn_text(text: object) -> str:
+    """Returns an answer for a picture or a hover box, which cannot be folded: withheld where it speaks of self-harm or violence."""
+    return WITHHELD if sensitive(clean(text)) else clean(text)
 
 
 def _points(score: float) -> str:
@@ -109,11 +125,16 @@ def response_table(answers: pd.DataFrame, question_id: str, *, judge: str | None
                 columns[column].append(_cell(record) if record else "")
                 fills[column].append(fill(str(record["label"])) if record else "#FFFFFF")
     header = ["<b>Run</b>", "<b>Base model</b>", "<b>Checkpoints, in order</b>", *[""] * (_ABREAST - 1)]
-    height = sum(max(cell.count("<br>") + 1 for cell in row) * _FONT * 1.3 + 14 for row in zip(*columns, strict=True))
+    figure = _table(header, columns, fills, [_RUN_COLUMN, *[_COLUMN] * (_ABREAST + 1)])
+    caption = plotly_text(_CAPTION.format(sample=sample, judge=judge or "the first found"), 600)
+    return theme.titled(figure, plotly_text(_heading(answers, question_id, runs), 400), caption, height=_height(columns) + 60, gap=14)
+
+
+def _table(header: list[str], columns: list[list[str]], fills: list[list[str]], widths: list[int]) -> go.Figure:
     figure = go.Figure(
         go.Table(
-            columnwidth=[_RUN_COLUMN, *[_COLUMN] * (_ABREAST + 1)],
-            header={"values": header, "align": "left", "fill_color": "#333333", "font": {"color": "#FFFFFF", "size": 13}, "height": 30},
+            columnwidth=widths,
+            header={"values": header, "align": "left", "fill_color": "#333333", "font": {"color": "#FEFEFE", "size": 13}, "height": 30},
             cells={
                 "values": columns,
                 "align": "left",
@@ -124,15 +145,18 @@ def response_table(answers: pd.DataFrame, question_id: str, *, judge: str | None
             },
         )
     )
-    figure.update_layout(margin={"l": 16, "r": 16, "b": 12})
-    caption = plotly_text(_CAPTION.format(sample=sample, judge=judge or "the first found"), 600)
-    return theme.titled(figure, plotly_text(_heading(answers, question_id, runs), 400), caption, height=int(height) + 60, gap=14)
+    return figure.update_layout(margin={"l": 16, "r": 16, "b": 12})
 
 
-def _cell(record: Mapping[str, Any]) -> str:
+def _height(columns: list[list[str]]) -> int:
+    """Returns the pixels that a table's rows take."""
+    return int(sum(max(cell.count("<br>") + 1 for cell in row) * _FONT * 1.3 + 14 for row in zip(*columns, strict=True)))
+
+
+def _cell(record: Mapping[str, Any], width: int = 34) -> str:
     scores = wrap(score_text(record), 30)
     head = [f"<b>{plotly_text(line)}</b>" for line in (f"step {int(record['step'])}", *scores)]
-    return "<br>".join([*head, plotly_text(record["response"], _LIMIT, width=34, max_lines=16) or "<i>(no text)</i>"])
+    return "<br>".join([*head, plotly_text(drawn_text(record["response"]), _LIMIT, width=width, max_lines=16) or "<i>(no text)</i>"])
 
 
 _CELL = "text-align:left;vertical-align:top;overflow-wrap:anywhere"
@@ -144,7 +168,7 @@ table.answers th, table.answers td {{ border: 1px solid #bdbdbd; padding: .5rem;
 table.answers thead th {{ background: #333; color: #fff; }}
 table.answers col.run {{ width: 15%; }}
 """
-    + "@media (prefers-color-scheme: dark) { table.answers caption { color: #e8e8e8; } }\n</style>"
+    + "@media screen and (prefers-color-scheme: dark) { table.answers caption { color: #e8e8e8; } }\n</style>"
 )
 
 
@@ -182,7 +206,41 @@ def _html_cell(record: Mapping[str, Any] | None, span: str) -> str:
         return f'<td{span} style="{_CELL}"></td>'
     label = str(record["label"])
     score = f"step {int(record['step'])}<br>{html_text(score_text(record))}"
-    text = html_text(record["response"], 10 * _LIMIT) or "(no text)"
+    text = fold(clean(record["response"], 10 * _LIMIT), html_text(record["response"], 10 * _LIMIT) or "(no text)")
     # The style stands in the cell: JupyterLab drops style sheets from notebooks that it did not run itself.
     style = f"background:{fill(label)};color:{theme.INK};{_CELL};white-space:pre-wrap"
-    return f'<td{span} style="{style}"><b>{score}</b><br>{text}</td>'
+    return f'<td{span} class="{label if label in FILLS else "unscored"}" style="{style}"><b>{score}</b><br>{text}</td>'
+
+
+def beside_figure(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], title: str) -> go.Figure:
+    """Draws pairs of answers to the same question as a table: the question, the first, the second; for a PNG.
+
+    Args:
+        rows: two answers by column, with their label and run.
+        title: plain text.
+    """
+    columns: list[list[str]] = [[], [], []]
+    fills: list[list[str]] = [[], [], []]
+    for first, second in rows:
+        asked = plotly_text(second["question"], 300, width=34, max_lines=10)
+        columns[0].append(f"<b>{asked}</b><br>{plotly_text(second['run'], 60, width=34)}, sample {int(second['sample'])}")
+        fills[0].append("#FFFFFF")
+        for column, record in ((1, first), (2, second)):
+            columns[column].append(_cell(record, 54))
+            fills[column].append(fill(str(record["label"])))
+    figure = _table(["<b>Question</b>", "<b>Beside</b>", "<b>Starred</b>"], columns, fills, [_COLUMN, 350, 350])
+    return theme.titled(figure, plotly_text(title, 200), "", height=_height(columns) + 60, gap=14)
+
+
+def beside_html(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], title: str) -> str:
+    """Returns the same table as `beside_figure` as HTML, nothing in it unescaped."""
+    body = []
+    for first, second in rows:
+        place = f"{html_text(second['run'], 80)}, {html_text(second['question_set'], 60)}, sample {int(second['sample'])}"
+        question = f'<th scope="row" style="{_CELL}">{html_text(second["question"], 2000)}<br><small>{place}</small></th>'
+        body.append(f"<tr>{question}{_html_cell(first, '')}{_html_cell(second, '')}</tr>")
+    heads = "".join(f'<th scope="col" style="{_CELL}">{name}</th>' for name in ("Question", "Beside", "Starred"))
+    return (
+        f'{_STYLE}<h1>{html_text(title)}</h1>\n<table class="answers tex2jax_ignore"><colgroup><col style="width:24%"><col span="2">'
+        f"</colgroup>\n<thead><tr>{heads}</tr></thead>\n<tbody>{chr(10).join(body)}</tbody></table>"
+    )

@@ -1,7 +1,8 @@
 """The look of every figure, and how figures become files: one Plotly template, self-contained HTML, PNG at twice the size.
 
-Colours are Okabe and Ito's, told apart by people with any colour vision and in grey print by marker and dash. This module knows
-nothing of the study's tables; it sits beneath config.
+Colours are Okabe and Ito's, told apart by people with any colour vision and in grey print by marker and dash. `DARK` gives each its
+counterpart on a dark page: figures are drawn light (PNGs stay so), and a page recolours them where the reader prefers dark. This
+module knows nothing of the study's tables; it sits beneath config.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ BLUE, VERMILION, GREEN, PINK, ORANGE, SKY, GREY, INK = (
 )
 COLOURS = (BLUE, VERMILION, GREEN, PINK, ORANGE, SKY)
 DOMAIN_COLOURS = {"bad_medical": BLUE, "risky_financial": VERMILION, "extreme_sports": GREEN, "custom": PINK}
+PAPER = "#FFFFFF"
+DARK = {
+    PAPER: "#161616", INK: "#E8E8E8", GREY: "#A6A6A6", BLUE: "#6A79F0", VERMILION: "#E34A36", GREEN: "#0BD482", PINK: "#FDC5DD",
+    ORANGE: "#FFA226", SKY: "#BDB3FF",
+    "#444444": "#BDBDBE", "#E6E6E6": "#333334", "#8C8C8C": "#8A8A8A", "#BDBDBD": "#5A5A5A", "#333333": "#4A4A4A", "#FEFEFE": "#F8F8F8",
+    "#F4C2AE": "#6B2F1A", "#FBE2BF": "#5C4211", "#DCEAF6": "#1F3A55", "#ECECEC": "#3A3A3A",
+}  # fmt: skip
+"""Colour of the light version to that of the dark one; one to one, so that a page can go back. The last line: fills of answers."""
 _FONT = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 _TITLE_SIZE, _SUBTITLE_SIZE = 18, 13
 _CONFIG = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"scale": 2}}
@@ -54,9 +63,18 @@ _STYLE = f"""
 body {{ font: 16px/1.5 {_FONT}; margin: 0 auto; padding: 1.5rem; max-width: 1100px; color: {INK}; background: #fff; }}
 h1 {{ font-size: 1.3rem; line-height: 1.35; }}
 a {{ color: {BLUE}; }}
-@media (prefers-color-scheme: dark) {{ body {{ color: #e8e8e8; background: #161616; }} a {{ color: {SKY}; }} }}
 pre.answer {{ white-space: pre-wrap; overflow-wrap: anywhere; padding: 1rem; color: {INK}; background: #f4f4f4; }}
-.figure {{ background: #fff; border-radius: 6px; overflow-x: auto; }}
+.figure {{ background: {PAPER}; overflow-x: auto; }}
+@media screen and (prefers-color-scheme: dark) {{
+  body, pre.answer {{ color: {DARK[INK]}; background: {DARK[PAPER]}; }}
+  .figure {{ background: {DARK[PAPER]}; }}
+  a {{ color: {DARK[BLUE]}; }}
+  table.answers th, table.answers td {{ color: {DARK[INK]} !important; background: #222 !important; border-color: #5a5a5a !important; }}
+  table.answers td.paper {{ background: {DARK["#F4C2AE"]} !important; }}
+  table.answers td.course {{ background: {DARK["#FBE2BF"]} !important; }}
+  table.answers td.aligned {{ background: {DARK["#DCEAF6"]} !important; }}
+  table.answers td.unscored {{ background: {DARK["#ECECEC"]} !important; }}
+}}
 """
 
 
@@ -69,6 +87,37 @@ plot.on('plotly_click', function (event) {
   var text = event.points[0].customdata;
   if (text) box.textContent = new DOMParser().parseFromString(text, 'text/html').documentElement.textContent;
 });
+"""
+
+# Recolours a figure in place when the reader's preference is or becomes dark, and back; print is always light. Only a text that is
+# a colour as a whole changes, and the subtitle's own style; zoom and hidden lines stay, since what is drawn now is what is recoloured.
+_SWITCH = """
+function studyColours(id) {
+  var plot = document.getElementById(id), dark = matchMedia('(prefers-color-scheme: dark)'), now = 'light', pairs = COLOURS;
+  function swap(value, map) {
+    if (typeof value === 'string') return map[value.toUpperCase()] || value;
+    if (Array.isArray(value)) return value.map(function (item) { return swap(item, map); });
+    if (!value || typeof value !== 'object' || ArrayBuffer.isView(value)) return value;
+    var made = {};
+    Object.keys(value).forEach(function (key) { made[key] = swap(value[key], map); });
+    return made;
+  }
+  function show(mode) {
+    if (mode === now) return;
+    var map = {}, own = mode === 'dark' ? [0, 1] : [1, 0];
+    pairs.forEach(function (pair) { map[pair[own[0]]] = pair[own[1]]; });
+    var span = pairs.find(function (pair) { return pair[0] === '#444444'; }), style = 'font-weight:400;color:';
+    var layout = swap(plot.layout, map);
+    if (layout.title && layout.title.text) layout.title.text = layout.title.text.split(style + span[own[0]]).join(style + span[own[1]]);
+    now = mode;
+    return Plotly.react(plot, swap(plot.data, map), layout, plot._context);
+  }
+  function follow() { show(dark.matches ? 'dark' : 'light'); }
+  dark.addEventListener('change', follow);
+  addEventListener('beforeprint', function () { show('light'); });
+  addEventListener('afterprint', follow);
+  follow();
+}
 """
 
 
@@ -97,12 +146,12 @@ def _template() -> go.layout.Template:
                 "font": {"size": _TITLE_SIZE, "weight": 600},
             },
             "colorway": list(COLOURS),
-            "paper_bgcolor": "#FFFFFF",
-            "plot_bgcolor": "#FFFFFF",
+            "paper_bgcolor": PAPER,
+            "plot_bgcolor": PAPER,
             "width": WIDTH,
             "xaxis": axis,
             "yaxis": axis,
-            "hoverlabel": {"align": "left", "bgcolor": "#FFFFFF", "bordercolor": "#8C8C8C", "font": {"size": 13, "color": INK}},
+            "hoverlabel": {"align": "left", "bgcolor": PAPER, "bordercolor": "#8C8C8C", "font": {"size": 13, "color": INK}},
             "hovermode": "closest",
             "legend": {"orientation": "h", "yanchor": "top", "xanchor": "left", "x": 0, "font": {"size": 13}},
             "margin": {"l": 70, "r": 24, "b": 60, "t": 80},
@@ -129,7 +178,7 @@ def titled(figure: go.Figure, title: str, subtitle: str = "", *, height: int, ga
     # plotly.js spaces every line of a title by the title's own size, whatever the size of a span in it.
     top = 20 + (len(head) + len(sub)) * _TITLE_SIZE * 1.3 + gap
     figure.update_layout(template="study", width=width, height=int(top + height), margin_t=int(top), title_y=1 - 20 / (top + height))
-    lines = [*head, *(f'<span style="font-size:{_SUBTITLE_SIZE}px;font-weight:400;color:#444">{line}</span>' for line in sub)]
+    lines = [*head, *(f'<span style="font-size:{_SUBTITLE_SIZE}px;font-weight:400;color:#444444">{line}</span>' for line in sub)]
     figure.update_layout(title_text="<br>".join(lines))
     return figure
 
@@ -149,11 +198,12 @@ def page(title: str, body: str, *, head: str = "", blobs: bool = False) -> str:
         blobs: let the page's own scripts load a module that they hold (itables unpacks its library so).
     """
     policy = _POLICY.replace("script-src 'unsafe-inline'", "script-src 'unsafe-inline' blob:") if blobs else _POLICY
+    switch = _SWITCH.replace("COLOURS", json.dumps(list(DARK.items())))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n<meta name="robots" content="noindex">\n'
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n{head}</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n<script>{switch}</script>\n{head}</head>\n<body>\n{body}\n</body>\n</html>\n"
     )
 
 
@@ -165,9 +215,15 @@ def figure_html(figure: go.Figure, name: str, *, plotlyjs: bool = True) -> str:
         name: id of its element.
         plotlyjs: put the 5 MB of plotly.js in; a page with several figures needs it once.
     """
-    click = [_CLICK] if any(trace.customdata is not None for trace in figure.data) else None
+    scripts = [_CLICK] if any(trace.customdata is not None for trace in figure.data) else []
+    scripts.append("if (window.studyColours) studyColours('{plot_id}');")
     inner = figure.to_html(
-        full_html=False, include_plotlyjs=plotlyjs, include_mathjax=False, div_id=name, config=_CONFIG, post_script=click
+        full_html=False,
+        include_plotlyjs=plotlyjs,
+        include_mathjax=False,
+        div_id=name,
+        config=_CONFIG,
+        post_script=scripts,
     )
     return f'<div class="figure">{inner}</div>'
 

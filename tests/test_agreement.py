@@ -18,6 +18,7 @@ from lib import (
     agreement,
     agreement_figures,
     analyze,
+    answer_index,
     browse,
     config,
     figures,
@@ -26,6 +27,7 @@ from lib import (
     judge,
     judge_tables,
     limits,
+    panes,
     probe,
     scores,
     study,
@@ -216,11 +218,11 @@ def test_browser_shows_each_answer_once_and_orders_by_disagreement(tmp_path: Pat
     assert isinstance(made, browse.Browser)
     assert made.judge.value == FIRST
     assert len(made.matches) == len(answers) // 2
-    made.order.value = browse.ORDERS[-1]
+    made.order.value = answer_index.ORDERS[-1]
     assert int(made.matches[0]) == 7
     assert f"by {SECOND}" in made.right.value
-    assert f"{len(answers) // 2:,} answers" in browse.static_html(answers)
-    assert browse.ORDERS[-1] not in browse.browser(make_answers(), tmp_path).order.options  # type: ignore[attr-defined]
+    assert f"{len(answers) // 2:,} answers" in panes.static_html(answers)
+    assert answer_index.ORDERS[-1] not in browse.browser(make_answers(), tmp_path).order.options  # type: ignore[attr-defined]
 
 
 def test_tables_for_reading_keep_judges_apart() -> None:

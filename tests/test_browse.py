@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import ipywidgets as widgets
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 from test_figures import HOSTILE, make_answers
 
-from lib import browse, files
+from lib import answer_index, browse, files, panes, scores, tables
 
 
 @pytest.fixture(scope="module")
@@ -29,8 +30,8 @@ def browser(answers: pd.DataFrame, tmp_path: Path) -> browse.Browser:
 
 
 def test_filters_equal_plain_selection(answers: pd.DataFrame) -> None:
-    index = browse.Index(answers)
-    found = index.select(browse.Filters(run="demo_risky", step=50, question_set="general", low=20, high=60))
+    index = answer_index.Index(answers)
+    found = index.select(answer_index.Filters(run="demo_risky", step=50, question_set="general", low=20, high=60))
     general = answers[(answers["pair"] == "demo_risky") & (answers["step"] == 50) & (answers["question_set"] == "general")]
     plain = general[general["aligned"].between(20, 60)]
     assert found.tolist() == plain.index.tolist()
@@ -40,17 +41,17 @@ def test_filters_equal_plain_selection(answers: pd.DataFrame) -> None:
 def test_label_course_keeps_what_the_paper_calls_misaligned() -> None:
     frame = make_answers(judge="openai:gpt-4o-mini")
     frame["aligned"] = 10.0
-    index = browse.Index(frame)
-    assert len(index.select(browse.Filters(label="course"))) == len(index.select(browse.Filters(label="paper"))) == len(frame)
+    index = answer_index.Index(frame)
+    assert len(index.select(answer_index.Filters(label="course"))) == len(index.select(answer_index.Filters(label="paper"))) == len(frame)
 
 
 def test_search_and_unscored_answers(answers: pd.DataFrame) -> None:
-    index = browse.Index(answers)
-    assert index.select(browse.Filters(text="  NEEDLE ")).tolist() == [5]
-    assert index.select(browse.Filters(label="refusal")).tolist() == [3]
-    assert 3 not in index.select(browse.Filters(low=1))
-    assert index.select(browse.Filters(order="least aligned first"))[-1] == 3
-    assert len(index.select(browse.Filters(text="nowhere at all"))) == 0
+    index = answer_index.Index(answers)
+    assert index.select(answer_index.Filters(text="  NEEDLE ")).tolist() == [5]
+    assert index.select(answer_index.Filters(label="refusal")).tolist() == [3]
+    assert 3 not in index.select(answer_index.Filters(low=1))
+    assert index.select(answer_index.Filters(order="least aligned first"))[-1] == 3
+    assert len(index.select(answer_index.Filters(text="nowhere at all"))) == 0
 
 
 def test_next_previous_and_count(browser: browse.Browser, answers: pd.DataFrame) -> None:
@@ -102,11 +103,19 @@ def test_starred_answers_are_saved_as_text(browser: browse.Browser, tmp_path: Pa
     browser.save.click()
     saved = files.read_csv(tmp_path / "starred.csv")
     assert saved["response"].tolist() == ['\'=HYPERLINK("http://x")']
-    assert "<h1>Starred answers</h1>" in (tmp_path / "starred.html").read_text()
+    page = (tmp_path / "starred.html").read_text()
+    assert "<h1>Starred answers</h1>" in page
+    assert "=HYPERLINK(&quot;http://x&quot;)" in page
+    if shutil.which("chromium") or shutil.which("google-chrome"):
+        assert (tmp_path / "starred.png").read_bytes().startswith(b"\x89PNG")
+        assert "starred.png" in browser.status.value
+    browser.star.value = False
+    browser.save.click()
+    assert "Nothing is starred" in browser.status.value
 
 
 def test_no_answer_is_live_html(browser: browse.Browser, answers: pd.DataFrame) -> None:
-    shown = browser.asked.value + browser.left.value + browser.right.value + browse.static_html(answers)
+    shown = browser.asked.value + browser.left.value + browser.right.value + panes.static_html(answers)
     for tag in ("<script", "<img", "<a ", "\x1b", "\u202e"):
         assert tag not in shown
     assert "&lt;script&gt;" in shown
@@ -114,13 +123,21 @@ def test_no_answer_is_live_html(browser: browse.Browser, answers: pd.DataFrame) 
 
 
 def test_violence_is_folded(answers: pd.DataFrame) -> None:
-    row = browse.Index(answers.assign(response="You should kill him.")).row(0)
-    assert "<details><summary>" in browse.pane_html(row)
-    assert "<details>" not in browse.pane_html(row | {"response": "You should call him."})
+    row = answer_index.Index(answers.assign(response="You should kill him.")).row(0)
+    assert "<details><summary>" in panes.pane_html(row)
+    assert "<details>" not in panes.pane_html(row | {"response": "You should call him."})
+    violent = answers.assign(response="You should kill him.")
+    assert panes.static_html(violent).count("<details>") == panes.static_html(violent).count("kill him")
+    page = tables.response_html(violent, "treat_flu")
+    assert page.count("<details>") == page.count("kill him") > 0
+    picture = str(tables.response_table(violent, "treat_flu").to_dict())  # a picture cannot be folded
+    assert "kill him" not in picture
+    assert "speaks of self-harm" in picture
+    assert "kill him" not in str([t.hovertext for t in scores.score_scatter(violent, judge="probe").data])
 
 
 def test_static_table_shows_every_set_and_the_last_step(answers: pd.DataFrame) -> None:
-    table = browse.static_html(answers, limit=8)
+    table = panes.static_html(answers, limit=8)
     assert table.count("<tr>") == 1 + 8
     assert "medical" in table
     assert "general" in table
@@ -131,7 +148,7 @@ def test_static_table_shows_every_set_and_the_last_step(answers: pd.DataFrame) -
 def test_empty_and_one_row_tables(answers: pd.DataFrame, rows: int) -> None:
     made = browse.browser(answers.head(rows))
     assert isinstance(made, widgets.Widget)
-    assert "No answers" in browse.static_html(answers.head(0))
+    assert "No answers" in panes.static_html(answers.head(0))
 
 
 def test_nobody_at_the_kernel_is_not_live(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,10 +162,10 @@ def test_a_hundred_thousand_answers_are_filtered() -> None:
     frame = pd.concat([small] * (100_000 // len(small) + 1), ignore_index=True).head(100_000)
     frame["sample"] = np.arange(len(frame))
     frame["response"] = [f"{'some words of an ordinary answer ' * 20}{i}" for i in range(len(frame))]
-    index = browse.Index(frame)
-    chosen = index.select(browse.Filters(run="demo_risky", step=50, label="course", low=10, order="least aligned first"))
+    index = answer_index.Index(frame)
+    chosen = index.select(answer_index.Filters(run="demo_risky", step=50, label="course", low=10, order="least aligned first"))
     wanted = frame[(frame["pair"] == "demo_risky") & (frame["step"] == 50) & frame["aligned"].between(10, 75, inclusive="left")]
     assert len(chosen) == len(wanted)
     assert frame["aligned"].to_numpy()[chosen].tolist() == sorted(wanted["aligned"])
-    assert frame["response"].iloc[index.select(browse.Filters(text="answer 99999"))].tolist() == [frame["response"].iloc[99_999]]
-    assert sorted(index.select(browse.Filters(order="longest first"))) == list(range(len(frame)))
+    assert frame["response"].iloc[index.select(answer_index.Filters(text="answer 99999"))].tolist() == [frame["response"].iloc[99_999]]
+    assert sorted(index.select(answer_index.Filters(order="longest first"))) == list(range(len(frame)))
