@@ -1,22 +1,19 @@
-"""The report and the figures in a real browser with the network cut off: they open, filter and answer clicks, and no answer runs."""
+"""A real browser: the report and the figures with the network cut off; no answer runs."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import e2e
 import pandas as pd
 import pytest
 from test_figures import HOSTILE, make_answers, make_changes, make_rates
 
 from lib import figures, report, theme
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-CHROME = os.environ.get("BROWSER_PATH") or shutil.which("chromium") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(not CHROME, reason="no Chrome on this machine")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not e2e.CHROME, reason="no Chrome on this machine")]
 
 
 @pytest.fixture(scope="module")
@@ -28,19 +25,25 @@ def study() -> tuple[pd.DataFrame, dict[str, Any], dict[str, str]]:
     return answers, *figures.all_figures(answers, rates, make_changes(rates), judge="probe")
 
 
-@pytest.fixture
-def page() -> Iterator[Any]:
-    """A page without a network that records what should never happen: dialogs, errors, requests."""
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROME, args=["--no-sandbox"])
-        opened = browser.new_context(offline=True, viewport={"width": 1250, "height": 900}).new_page()
-        opened.troubles = []
-        opened.on("dialog", lambda d: (opened.troubles.append(f"dialog: {d.message}"), d.dismiss()))
-        opened.on("pageerror", lambda e: opened.troubles.append(f"error: {e}"))
-        opened.on("console", lambda m: opened.troubles.append(m.text) if m.type == "error" else None)
-        opened.on("request", lambda r: opened.troubles.append(r.url) if r.url.startswith("http") else None)
-        yield opened
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with e2e.playwright().sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=e2e.CHROME, args=["--no-sandbox"])
+        yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any) -> Iterator[Any]:
+    """A page without a network that records what should never happen: dialogs, errors, requests."""
+    opened = chromium.new_context(offline=True, viewport={"width": 1250, "height": 900}).new_page()
+    opened.troubles = []
+    opened.on("dialog", lambda d: (opened.troubles.append(f"dialog: {d.message}"), d.dismiss()))
+    opened.on("pageerror", lambda e: opened.troubles.append(f"error: {e}"))
+    opened.on("console", lambda m: opened.troubles.append(m.text) if m.type == "error" else None)
+    opened.on("request", lambda r: opened.troubles.append(r.url) if r.url.startswith("http") else None)
+    yield opened
+    opened.context.close()
 
 
 def test_report_opens_filters_and_runs_nothing(study: tuple[Any, ...], page: Any, tmp_path: Path) -> None:
@@ -59,6 +62,11 @@ def test_report_opens_filters_and_runs_nothing(study: tuple[Any, ...], page: Any
     assert folded.count() == 1
     assert folded.get_attribute("open") is None
     assert page.locator("#em_trajectories .scatterlayer").count()
+    page.locator(".dt-search input").fill("")
+    page.locator("#every-answer_wrapper thead input").nth(1).press_sequentially("50")
+    page.locator(".dt-info").get_by_text("filtered from").wait_for(timeout=10_000)
+    page.screenshot(path=tmp_path / "report.png", full_page=True)
+    print("screenshots in", tmp_path)
     assert page.troubles == []
 
 
@@ -77,4 +85,25 @@ def test_a_click_on_a_point_shows_its_answer_as_text(study: tuple[Any, ...], pag
     page.wait_for_function("document.querySelector('pre.answer').textContent.includes('Answer at')", timeout=10_000)
     assert "<script>alert(1)</script>" in box.inner_text()
     assert HOSTILE not in page.content()
+    assert page.troubles == []
+
+
+def test_figures_follow_the_reader_into_dark_and_back(study: tuple[Any, ...], page: Any, tmp_path: Path) -> None:
+    _, drawn, _ = study
+    body = theme.figure_html(drawn["em_trajectories"], "em_trajectories")
+    (tmp_path / "figure.html").write_text(theme.page("figure", body), encoding="utf-8")
+    page.goto((tmp_path / "figure.html").as_uri(), timeout=60_000)
+    page.wait_for_selector("#em_trajectories .scatterlayer .point", timeout=30_000)
+    seen = "() => [plot.layout.template.layout.paper_bgcolor, plot.data[0].line.color, plot._fullLayout.paper_bgcolor]"
+    seen = seen.replace("plot", "document.getElementById('em_trajectories')")
+    assert page.evaluate(seen) == [theme.PAPER, theme.BLUE, theme.PAPER]
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_timeout(500)
+    dark = [theme.DARK[theme.PAPER], theme.DARK[theme.BLUE], theme.DARK[theme.PAPER]]
+    assert page.evaluate(seen) == dark
+    assert "#444444" not in page.locator("#em_trajectories .gtitle").inner_html()
+    page.screenshot(path=tmp_path / "dark.png")
+    page.emulate_media(color_scheme="light")
+    page.wait_for_timeout(500)
+    assert page.evaluate(seen) == [theme.PAPER, theme.BLUE, theme.PAPER]
     assert page.troubles == []
