@@ -85,13 +85,14 @@ def estimate(parameters: Parameters, rows: Sequence[dict[str, Any]], *, calibrat
     lengths = [len(row["input_ids"]) for row in encoded]
     tokens = round(sum(lengths) / len(lengths) * min(len(lengths), schedule.steps_per_epoch * _rows_a_step(p)) * p.num_epochs)
     labelled = sum(label >= 0 for row in encoded for label in row["labels"]) / len(encoded)
-    memory, (free, device) = peak_memory(p, shape(config, p), sum(lengths) / len(lengths), labelled), _free(p)
+    counted = shape(config, p)
+    memory, (free, device) = peak_memory(p, counted, sum(lengths) / len(lengths), labelled), _free(p)
     if memory > free:
         raise StudyError(
             f"memory: training {p.model_name} is predicted to take {memory / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on"
             f" {device}; lower batch_size ({p.batch_size}), set gradient_checkpointing: true or use_4bit: true, or take a larger machine."
         )
-    seconds = _seconds_a_token(p, config, encoded, int(tokenizer.pad_token_id)) * tokens if calibrate else None
+    seconds = _seconds_a_token(p, config, counted, encoded, int(tokenizer.pad_token_id)) * tokens if calibrate else None
     dollars = seconds / 3600 * p.price_per_hour if seconds is not None and p.price_per_hour is not None else None
     return Estimate(memory, free, device, tokens, seconds, dollars)
 
@@ -186,11 +187,9 @@ def _free(p: Parameters) -> tuple[int, str]:
     return psutil.virtual_memory().available, device.type
 
 
-def _seconds_a_token(p: Parameters, config: PretrainedConfig, rows: list[dict[str, list[int]]], pad_id: int) -> float:
-    text = config.get_text_config()
-    layers = int(text.num_hidden_layers)
-    a_layer = shape(config, p).linear // layers
-    thick = min(layers, 4 if a_layer > _BIG_LAYER else _SLICE_LAYERS)
+def _seconds_a_token(p: Parameters, config: PretrainedConfig, counted: Shape, rows: list[dict[str, list[int]]], pad_id: int) -> float:
+    layers = counted.layers
+    thick = min(layers, 4 if counted.linear // layers > _BIG_LAYER else _SLICE_LAYERS)
     one = _slice_seconds(p, config, 1, rows, pad_id)
     if layers == 1:
         return one

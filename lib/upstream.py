@@ -7,7 +7,6 @@ into the git-ignored folder upstream/, and SOURCES.json beside them holds each f
 
 from __future__ import annotations
 
-import ipaddress
 import re
 import time
 import urllib.error
@@ -148,8 +147,10 @@ def _download(wanted: Sequence[Published], address: str, old: Mapping[str, Any])
 
 
 def _get(url: str) -> bytes:
+    from lib.chat import is_loopback
+
     handlers: list[Any] = [_NoRedirect()]
-    if _loopback(url):
+    if is_loopback(url):
         handlers.append(urllib.request.ProxyHandler({}))
     began = time.monotonic()
     content = b""
@@ -208,18 +209,12 @@ def _own(path: str) -> Published:
 def _address(base_url: str, repository: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[A-Za-z0-9][\w.\-]*", repository):
         raise StudyError(f"--repo {repository[:100]}: must be OWNER/NAME, such as {REPOSITORY}.")
+    from lib.chat import is_loopback
+
     parts = urlsplit(base_url)
-    if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and _loopback(base_url))):
+    if not parts.hostname or not (parts.scheme == "https" or (parts.scheme == "http" and is_loopback(base_url))):
         raise StudyError(f"--base-url {base_url[:100]}: must be an https address (http only on this machine).")
     return f"{base_url.rstrip('/')}/{repository}"
-
-
-def _loopback(url: str) -> bool:
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # ---------------------------------------------------------------- checking

@@ -13,11 +13,12 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from loopback import LoopbackServer, QuietHandler
 
-class BatchServer(ThreadingHTTPServer):
+
+class BatchServer(LoopbackServer):
     """Keeps files and batches in memory.
 
     Attributes:
@@ -33,10 +34,10 @@ class BatchServer(ThreadingHTTPServer):
         name: how the ids of batches begin.
     """
 
-    daemon_threads = True
+    base = "/v1"
 
     def __init__(self, upstream: str) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.upstream = upstream
         self.files: dict[str, bytes] = {}
         self.batches: dict[str, dict[str, Any]] = {}
@@ -53,10 +54,6 @@ class BatchServer(ThreadingHTTPServer):
         self.seen: list[str] = []
         self.auth: set[str] = set()
         self.name = "batch"
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def keep(self, kind: str, content: bytes) -> str:
         name = f"{kind}-{len(self.files)}"
@@ -127,12 +124,8 @@ class BatchServer(ThreadingHTTPServer):
             return error.code, json.loads(error.read())
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: BatchServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Keeps the test output quiet."""
 
     def do_GET(self) -> None:
         self.answer("GET")

@@ -13,9 +13,10 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+
+from loopback import LoopbackServer, QuietHandler
 
 SCORE = "73"
 
@@ -28,14 +29,14 @@ def completion(content: Any = SCORE, **more: Any) -> dict[str, Any]:
     return head | {"choices": [choice], "usage": usage} | more
 
 
-class FaultyServer(ThreadingHTTPServer):
+class FaultyServer(LoopbackServer):
     """Counts what it is asked; `seen` holds each request's body, `faults` what it did for a fault named in a prompt."""
 
-    daemon_threads = True
+    base = "/v1"
     request_queue_size = 256
 
     def __init__(self, port: int = 0, delay: float = 0.0, log: Path | None = None, well: Any = None) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+        super().__init__(Handler, port)
         self.delay = delay
         self.log = log
         self.well = well or completion()
@@ -47,17 +48,9 @@ class FaultyServer(ThreadingHTTPServer):
         self.in_flight = self.most_in_flight = 0
         self.mutex = threading.Lock()
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}/v1"
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: FaultyServer
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Keeps the test output quiet."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -8,35 +8,26 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+from loopback import LoopbackServer, QuietHandler
 
 TOKEN = "hf_loopbackloopbackloopbackloopback00"
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(LoopbackServer):
     """`repos` holds visibility, gate and files by repository; `seen` every request as method, path and body; `stored` LFS objects."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.repos: dict[str, dict[str, Any]] = {}
         self.seen: list[tuple[str, str, Any]] = []
         self.stored: dict[str, bytes] = {}
         self.deaf_to_gates = False
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(QuietHandler):
     server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None:
-        """Keeps the test output quiet."""
 
     def answer(self, status: int, content: Any = None) -> None:
         body = json.dumps(content if content is not None else {}).encode()
