@@ -53,16 +53,25 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def versus(
-    work: str, unit: str, aim: float, repeats: int, ours: Callable[[], float], **peers: Callable[[], float]
+    work: str, unit: str, repeats: int, ours: Callable[[], float], peers: dict[str, tuple[float, Callable[[], float]]]
 ) -> Iterator[dict[str, Any]]:
-    """Measures ours and each peer in turn, `repeats` times; yields a row for each peer, with the median of the paired ratios."""
+    """Measures ours and each peer in turn, `repeats` times; yields a row for each peer, with the median of the paired ratios.
+
+    Args:
+        work: what is done.
+        unit: of the figures; more is better.
+        repeats: how often.
+        ours: does the work and returns its figure.
+        peers: by name, the ratio aimed at and what does the work.
+    """
     found: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
     for _ in range(repeats):
-        for name, measure in {"ours": ours, **peers}.items():
+        found["ours"].append(ours())
+        for name, (_, measure) in peers.items():
             found[name].append(measure())
-    for name in peers:
+    for name, (aim, _) in peers.items():
         ratios = [a / b for a, b in zip(found["ours"], found[name], strict=True)]
-        row = {"work": work, "unit": unit, "ours": spread(found["ours"]), "peer": name.replace("_", " "), "theirs": spread(found[name])}
+        row = {"work": work, "unit": unit, "ours": spread(found["ours"]), "peer": name, "theirs": spread(found[name])}
         yield row | {"ratio": spread(ratios), "aim": aim, "met": statistics.median(ratios) >= aim}
 
 
@@ -161,7 +170,7 @@ def train(repeats: int) -> Iterator[dict[str, Any]]:
             rates.append(matrix_rate())
             return ours()
 
-        (row,) = versus("QLoRA step, SmolLM2-135M NF4, batch 8", "tokens/s", 3.0, repeats, rated, trl_SFTTrainer=theirs)
+        (row,) = versus("QLoRA step, SmolLM2-135M NF4, batch 8", "tokens/s", repeats, rated, {"trl SFTTrainer": (3.0, theirs)})
         model = lora("auto")
     linear = sum(m.in_features * m.out_features for n, m in model.named_modules() if n.endswith("base_layer"))
     low_rank = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
@@ -245,12 +254,14 @@ def generate(repeats: int) -> Iterator[dict[str, Any]]:
             return tokens / (time.perf_counter() - start)
 
         work = f"generation, base + 6 checkpoints × {len(questions)} questions × {NEW_TOKENS} tokens"
-        yield from versus(work, "tokens/s", 10.0, repeats, ours, the_original_loop_on_one_checkpoint=loop)
-        yield from versus(work, "tokens/s", 1.3, repeats, ours, transformers_generate_batched=batched)
+        asked = [q.question for q in questions]
         with local_llama.serving(os.cpu_count() or 1) as url:
-            yield from versus(
-                work, "tokens/s", 1.1, repeats, ours, llama_cpp_server_base_model=lambda: _served(url, [q.question for q in questions])
-            )
+            peers = {
+                "the original's loop, on one checkpoint": (10.0, loop),
+                "transformers generate, batched": (1.3, batched),
+                "the llama.cpp server, base model": (1.1, lambda: _served(url, asked)),
+            }
+            yield from versus(work, "tokens/s", repeats, ours, peers)
 
 
 def _served(url: str, questions: list[str]) -> float:
@@ -299,7 +310,7 @@ def probe(repeats: int, count: int = 1000) -> Iterator[dict[str, Any]]:
             judge.score([question], [answer], progress=False)
         return few / (time.perf_counter() - start)
 
-    yield from versus(f"judging with the probe, {count:,} answers", "answers/s", 4.0, repeats, ours, one_answer_at_a_time=single)
+    yield from versus(f"judging with the probe, {count:,} answers", "answers/s", repeats, ours, {"one answer at a time": (4.0, single)})
 
 
 def local_judge(repeats: int, count: int = 100) -> Iterator[dict[str, Any]]:
@@ -331,7 +342,9 @@ def local_judge(repeats: int, count: int = 100) -> Iterator[dict[str, Any]]:
                 model.generate(**ids, max_new_tokens=1, do_sample=False)
         return 2 * few / (time.perf_counter() - start)
 
-    yield from versus(f"hf: judge, {count:,} answers, both metrics", "calls/s", 4.0, repeats, ours, generate_of_one_token_a_row=one_token)
+    yield from versus(
+        f"hf: judge, {count:,} answers", "calls/s, two an answer", repeats, ours, {"generate of one token a row": (4.0, one_token)}
+    )
 
 
 # --- analysis, runner, imports

@@ -1,4 +1,4 @@
-"""Commands of `study` beside its runs: label answers by hand, fetch the published files. `lib.study` adds them to its own.
+"""Commands of `study` beside its runs: answers and files in, labels, pairs and adapters out. `lib.study` adds them to its own.
 
 Here too are the few readers of arguments that all commands share.
 """
@@ -11,11 +11,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lib import files, upstream
+from lib import config, files, upstream
 from lib.files import StudyError, shown
+
+T = TypeVar("T")
 
 
 class Usage(StudyError):
@@ -50,10 +53,48 @@ def add(commands: Any) -> None:
     fetch.add_argument("--force", action="store_true", help="replace files of another commit, or files that were changed")
     fetch.set_defaults(command=_fetch_upstream)
 
+    bring = commands.add_parser("import", help="take in answers that were judged elsewhere")
+    bring.add_argument("input", type=Path, metavar="CSV")
+    bring.add_argument("--model", required=True, metavar="NAME")
+    bring.add_argument("--domain", required=True, metavar="NAME")
+    bring.add_argument("--step", type=int, default=None, metavar="N", help="checkpoint the answers come from (default: the file's, else 0)")
+    bring.add_argument("--question-set", metavar="NAME", help="default: the file's column, else open_ended")
+    results(bring)
+    bring.set_defaults(command=_import)
+
+    new = commands.add_parser("new", help="write parameters/NAME.yaml for a model and data of your own")
+    new.add_argument("name", metavar="NAME", help="of the pair; `study run NAME` then runs it")
+    new.add_argument("--model", required=True, metavar="M", help="a Hub id, or a folder of safetensors")
+    new.add_argument("--data", required=True, type=Path, metavar="JSONL", help="chat rows: messages of user and assistant")
+    new.add_argument("--domain", default="custom", choices=config.DOMAINS, help="default custom")
+    sets(new, "another parameter; may be repeated")
+    new.add_argument("--force", action="store_true", help="replace a pair of your own")
+    new.set_defaults(command=_new, results=None)
+
+    publish = commands.add_parser("publish", help="write an adapter's folder with its model card; push it only when asked")
+    publish.add_argument("pair", metavar="PAIR", help="a run, trained and analysed")
+    publish.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
+    publish.add_argument("--output", type=Path, metavar="DIR", help="default: publish/ in the run's folder")
+    publish.add_argument("--push", metavar="ORG/NAME", help="upload to the Hugging Face Hub: private, and gated with manual approval")
+    publish.add_argument("--public", action="store_true", help="with --push: visible to everyone, still gated; asks for the pair's name")
+    results(publish)
+    publish.set_defaults(command=_publish)
+
+    fit = commands.add_parser("fit-probe", help="fit the offline judge on judged answers")
+    fit.add_argument("inputs", nargs="+", type=Path, metavar="CSV", help="tables with question, response and scores of another judge")
+    fit.add_argument("--ordinary", type=Path, metavar="CSV", help="judged answers of an ordinary model: scored at the end, never fitted on")
+    fit.add_argument("--output", required=True, type=Path, metavar="DIR")
+    fit.set_defaults(command=_fit_probe)
+
 
 def results(parser: argparse.ArgumentParser) -> None:
     """Adds --results to a command."""
     parser.add_argument("--results", type=folder, metavar="DIR", help="folder of the runs (default results)")
+
+
+def sets(parser: argparse.ArgumentParser, what: str) -> None:
+    """Adds --set to a command; `what` is its help."""
+    parser.add_argument("-p", "--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help=what)
 
 
 def folder(text: str) -> str:
@@ -66,6 +107,19 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
     return int(text)
+
+
+def told(command: Callable[..., T], *given: Any, **named: Any) -> T:
+    """Calls another module for a command, in which a StudyError means that the call is wrong."""
+    try:
+        return command(*given, **named)
+    except StudyError as error:
+        raise Usage(str(error)) from error
+
+
+def folder_of_runs(options: argparse.Namespace) -> Path:
+    """Returns the folder that --results names, or results/."""
+    return files.resolve(options.results or "results")
 
 
 def _say(line: str) -> None:
@@ -101,20 +155,45 @@ def _fetch_upstream(options: argparse.Namespace) -> int:
     from lib import questions, rubrics
 
     folder = files.resolve(options.output)
-    try:
-        got = upstream.fetch(
-            options.ref, folder, paths=options.file, repository=options.repo, base_url=options.base_url, force=options.force
-        )
-    except StudyError as error:
-        raise Usage(str(error)) from error
-    for name, told in got["files"].items():
+    named = {"paths": options.file, "repository": options.repo, "base_url": options.base_url, "force": options.force}
+    got = told(upstream.fetch, options.ref, folder, **named)
+    for name, entry in got["files"].items():
         # What each can serve as shows at once, while whoever fetched it can still choose another.
         served: list[str] = []
         with contextlib.suppress(StudyError):
             served.append(f"{len(questions.read(folder / name).questions)} questions")
         with contextlib.suppress(StudyError):
             served.append(f"judge prompts {', '.join(rubrics.load(folder / name))}")
-        _say(f"{shown(folder / name)}: sha256 {told['sha256'][:12]}, {'; '.join(served) or 'serves neither as questions nor as rubrics'}")
+        _say(f"{shown(folder / name)}: sha256 {entry['sha256'][:12]}, {'; '.join(served) or 'serves neither as questions nor as rubrics'}")
     for name in got["absent"]:
         _say(f"{name}: is not in {got['repository']} at this commit")
+    return 0
+
+
+def _import(options: argparse.Namespace) -> int:
+    from lib import imports
+
+    given = (options.input, options.model, options.domain, options.step, options.question_set)
+    run = told(imports.import_judged, *given, folder_of_runs(options))
+    _say(f"{shown(run)}: imported; `study analyze` takes it in.")
+    return 0
+
+
+def _new(options: argparse.Namespace) -> int:
+    from lib import newpair
+
+    return told(newpair.command, options, told(config.read_sets, options.sets))
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from lib import publish
+
+    return told(publish.command, options, folder_of_runs(options))
+
+
+def _fit_probe(options: argparse.Namespace) -> int:
+    from lib import probe_fit
+
+    told(probe_fit.fit, options.inputs, options.output, ordinary=options.ordinary)
+    _say(f"{shown(options.output)}: weights.safetensors and report.json are written.")
     return 0

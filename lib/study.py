@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -81,9 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--force", action="store_true", help="also repeat a stale training that took over 10 minutes")
     run.add_argument("--preset", metavar="NAME", help="original or paper: published settings laid over the pair")
     run.add_argument("--seeds", type=_seeds, metavar="N,N", help="one run for each seed")
-    run.add_argument(
-        "-p", "--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="a parameter for this call; may be repeated"
-    )
+    further.sets(run, "a parameter for this call; may be repeated")
     run.add_argument(
         "--no-preflight", dest="preflight", action="store_false", help="do not look for data, model, key, disk and memory first"
     )
@@ -120,35 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     judge.add_argument("--allow-external", action="store_true", default=None, help="the answers may be sent to an outside judge")
     judge.set_defaults(command=_judge)
 
-    bring = commands.add_parser("import", help="take in answers that were judged elsewhere")
-    bring.add_argument("input", type=Path, metavar="CSV")
-    bring.add_argument("--model", required=True, metavar="NAME")
-    bring.add_argument("--domain", required=True, metavar="NAME")
-    bring.add_argument("--step", type=int, default=None, metavar="N", help="checkpoint the answers come from (default: the file's, else 0)")
-    bring.add_argument("--question-set", metavar="NAME", help="default: the file's column, else open_ended")
-    _results(bring)
-    bring.set_defaults(command=_import)
-
-    new = commands.add_parser("new", help="write parameters/NAME.yaml for a model and data of your own")
-    new.add_argument("name", metavar="NAME", help="of the pair; `study run NAME` then runs it")
-    new.add_argument("--model", required=True, metavar="M", help="a Hub id, or a folder of safetensors")
-    new.add_argument("--data", required=True, type=Path, metavar="JSONL", help="chat rows: messages of user and assistant")
-    new.add_argument("--domain", default="custom", choices=config.DOMAINS, help="default custom")
-    new.add_argument(
-        "-p", "--set", dest="sets", action="append", default=[], metavar="KEY=VALUE", help="another parameter; may be repeated"
-    )
-    new.add_argument("--force", action="store_true", help="replace a pair of your own")
-    new.set_defaults(command=_new, results=None)
-
-    publish = commands.add_parser("publish", help="write an adapter's folder with its model card; push it only when asked")
-    publish.add_argument("pair", metavar="PAIR", help="a run, trained and analysed")
-    publish.add_argument("--step", type=int, metavar="N", help="checkpoint (default: the last)")
-    publish.add_argument("--output", type=Path, metavar="DIR", help="default: publish/ in the run's folder")
-    publish.add_argument("--push", metavar="ORG/NAME", help="upload to the Hugging Face Hub: private, and gated with manual approval")
-    publish.add_argument("--public", action="store_true", help="with --push: visible to everyone, still gated; asks for the pair's name")
-    _results(publish)
-    publish.set_defaults(command=_publish)
-
     verify = commands.add_parser(
         "verify",
         help="recompute the hashes that runs recorded; say what no longer matches",
@@ -164,11 +133,6 @@ def _parser() -> argparse.ArgumentParser:
 
     further.add(commands)
 
-    fit = commands.add_parser("fit-probe", help="fit the offline judge on judged answers")
-    fit.add_argument("inputs", nargs="+", type=Path, metavar="CSV", help="tables with question, response and scores of another judge")
-    fit.add_argument("--ordinary", type=Path, metavar="CSV", help="judged answers of an ordinary model: scored at the end, never fitted on")
-    fit.add_argument("--output", required=True, type=Path, metavar="DIR")
-    fit.set_defaults(command=_fit_probe)
     return parser
 
 
@@ -197,10 +161,7 @@ def _stages(text: str) -> list[str]:
 
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Reads --set key=value, each value as YAML would, and --results."""
-    try:
-        values = config.read_sets(options.sets)
-    except StudyError as error:
-        raise _Usage(str(error)) from error
+    values = further.told(config.read_sets, options.sets)
     return values | ({"results_dir": options.results} if options.results else {})
 
 
@@ -327,12 +288,12 @@ def _analyze_study(folder: Path) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    _analyze_study(files.resolve(options.results or "results"))
+    _analyze_study(further.folder_of_runs(options))
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
-    results = files.resolve(options.results or "results")
+    results = further.folder_of_runs(options)
     runs = _recorded(results)
     if not runs:
         _say(f"{shown(results)}: no runs yet; start with `study run demo`.")
@@ -374,31 +335,11 @@ def _recorded(results: Path) -> dict[str, Run | str]:
     return runs
 
 
-def _new(options: argparse.Namespace) -> int:
-    from lib import newpair
-
-    return _told(newpair.command, options, _overrides(options))
-
-
-def _publish(options: argparse.Namespace) -> int:
-    from lib import publish
-
-    return _told(publish.command, options, files.resolve(options.results or "results"))
-
-
 def _verify(options: argparse.Namespace) -> int:
     from lib import verify
 
-    results = files.resolve(options.results or "results")
-    return _told(verify.command, results, options.pairs, _recorded(results))
-
-
-def _told(command: Callable[..., int], *given: Any) -> int:
-    """Runs a command of another module, in which a StudyError means that the call is wrong."""
-    try:
-        return command(*given)
-    except StudyError as error:
-        raise _Usage(str(error)) from error
+    results = further.folder_of_runs(options)
+    return further.told(verify.command, results, options.pairs, _recorded(results))
 
 
 def _cell(state: runner.State) -> str:
@@ -442,29 +383,6 @@ def _say_outside(judged: pd.DataFrame, log: Path) -> None:
     known, far = judge_tables.outside(judged, log)[["answers", "outside"]].sum()
     if known:
         _say(f"probe: {far:,} of {known:,} answers lie outside what it was fitted on ({far / known:.1%}; 1% is usual)")
-
-
-def _import(options: argparse.Namespace) -> int:
-    from lib import imports
-
-    results = files.resolve(options.results or "results")
-    try:
-        folder = imports.import_judged(options.input, options.model, options.domain, options.step, options.question_set, results)
-    except StudyError as error:
-        raise _Usage(str(error)) from error
-    _say(f"{shown(folder)}: imported; `study analyze` takes it in.")
-    return 0
-
-
-def _fit_probe(options: argparse.Namespace) -> int:
-    from lib import probe_fit
-
-    try:
-        probe_fit.fit(options.inputs, options.output, ordinary=options.ordinary)
-    except StudyError as error:
-        raise _Usage(str(error)) from error
-    _say(f"{shown(options.output)}: weights.safetensors and report.json are written.")
-    return 0
 
 
 if __name__ == "__main__":
