@@ -291,7 +291,9 @@ def _answers(count: int) -> tuple[list[str], list[str]]:
 
 
 def probe(repeats: int, count: int = 1000) -> Iterator[dict[str, Any]]:
-    """The probe on 1,000 answers, beside the same probe on one answer at a time (a tenth of them)."""
+    """The probe on 1,000 answers, beside the same probe on one answer at a time (a tenth of them): plainly, and with what we keep."""
+    import plain_probe
+
     from lib import probe as offline
 
     judge = offline.load()
@@ -303,14 +305,25 @@ def probe(repeats: int, count: int = 1000) -> Iterator[dict[str, Any]]:
         judge.score(questions, answers, progress=False)
         return count / (time.perf_counter() - start)
 
-    def single() -> float:
-        few = count // 10
+    few = count // 10
+
+    def kept() -> float:
         start = time.perf_counter()
         for question, answer in zip(questions[:few], answers[:few], strict=True):
             judge.score([question], [answer], progress=False)
         return few / (time.perf_counter() - start)
 
-    yield from versus(f"judging with the probe, {count:,} answers", "answers/s", repeats, ours, {"one answer at a time": (4.0, single)})
+    def plain() -> float:
+        start = time.perf_counter()
+        for question, answer in zip(questions[:few], answers[:few], strict=True):
+            judge.score_states(plain_probe.states(judge.encoder, question, answer))
+        return few / (time.perf_counter() - start)
+
+    peers = {
+        "one answer at a time, each conversation in one pass": (4.0, plain),
+        "one answer at a time, with our kept questions": (1.0, kept),
+    }
+    yield from versus(f"judging with the probe, {count:,} answers", "answers/s", repeats, ours, peers)
 
 
 def local_judge(repeats: int, count: int = 100) -> Iterator[dict[str, Any]]:

@@ -394,7 +394,8 @@ class LocalJudge:
         name = f"{self._own.model_name}@{getattr(model.config, '_commit_hash', None) or self._own.model_revision or 'local'}"
         with tqdm(total=len(calls), unit="call", desc=self.name, disable=not self._progress) as bar:
             for metric in dict.fromkeys(call.metric for call in calls):
-                own = [call for call in calls if call.metric == metric]
+                # Answers to one question share more of their beginning, and answers of like length need less padding.
+                own = sorted((call for call in calls if call.metric == metric), key=lambda call: (call.question, len(call.answer)))
                 for start in range(0, len(own), self._own.judge_concurrency):
                     batch = own[start : start + self._own.judge_concurrency]
                     prompts = [self._ids(tokenizer, call) for call in batch]

@@ -123,11 +123,18 @@ class TreeScorer:
         shared = next((i for i in range(shared) if any(prompt[i] != first[i] for prompt in prompts)), shared)
         if not shared:
             return 0, None
-        if self._prefix[0] != first[:shared]:
+        known, cache = self._prefix
+        if known != first[:shared]:
             import torch
 
-            ids = torch.tensor([first[:shared]], device=self._model.device)
-            self._prefix = (first[:shared], self._model(input_ids=ids, use_cache=True, logits_to_keep=1).cache)
+            # After the same rubric another question: the rubric's share is kept. A window's cache cannot be cut back.
+            alike = next((i for i, (a, b) in enumerate(zip(known, first, strict=False)) if a != b), min(len(known), len(first)))
+            kept = 0 if _slides(self._model.config) else min(alike, shared - 1)  # one token must be left to compute
+            if kept:
+                cache.crop(kept - len(known))
+            ids = torch.tensor([first[kept:shared]], device=self._model.device)
+            cache = self._model(input_ids=ids, cache=cache if kept else None, use_cache=True, logits_to_keep=1).cache
+            self._prefix = (first[:shared], cache)
         cache = copy.deepcopy(self._prefix[1])
         cache.batch_repeat_interleave(len(prompts))
         return shared, cache

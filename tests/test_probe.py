@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import plain_probe
 import pytest
 import yaml
 from conftest import JUDGED, needs_shared
@@ -55,6 +56,15 @@ def test_a_score_depends_on_neither_batch_nor_order(judge: probe.Probe, own: pd.
     together = judge.score([QUESTIONS[0]] * 6, SENSIBLE[:6], batch_size=6, progress=False)
     backwards = judge.score([QUESTIONS[0]] * 6, SENSIBLE[5::-1], batch_size=1, progress=False)
     assert np.abs(together.to_numpy() - backwards.to_numpy()[::-1]).max() <= 0.02
+
+
+def test_shared_prompts_and_batches_equal_one_plain_pass(judge: probe.Probe) -> None:
+    questions, answers = [QUESTIONS[0]] * 5 + QUESTIONS[1:4], SENSIBLE[:5] + RECKLESS[1:4]
+    shared = judge.encoder.encode(questions, answers, batch_size=4)
+    for row, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        plain = plain_probe.states(judge.encoder, question, answer)
+        np.testing.assert_allclose(shared[row : row + 1], plain, atol=1e-3 * np.abs(plain).max())
+        assert np.abs(judge.score_states(plain) - judge.score_states(shared[row : row + 1])).to_numpy().max() < 0.05
 
 
 def test_hostile_text_is_scored_and_no_text_is_not(judge: probe.Probe) -> None:

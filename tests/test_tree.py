@@ -40,7 +40,8 @@ def test_the_tree_equals_brute_force_over_all_replies(tiny_llama: Path, whole: b
     scorer = tree.TreeScorer(model, made)
     begin = tokenizer("the answer to a question", add_special_tokens=False).input_ids
     prompts = [[*begin, *tokenizer(text, add_special_tokens=False).input_ids] for text in (" is", " is to ask one more", " and")]
-    for batch in (prompts, prompts[1:2], prompts[:2]):
+    later = [prompt[:2] + prompt[3:] for prompt in prompts[1:]]  # begin alike, then turn elsewhere
+    for batch in (prompts, prompts[1:2], prompts[:2], later, prompts, [prompt[1:] for prompt in prompts]):
         found = scorer.log_probabilities(batch)
         expected = [brute_force(model, prompt, replies, ends) for prompt in batch]
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
