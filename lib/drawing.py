@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -68,3 +70,33 @@ def axis_reference(axis: Any) -> str:
     """Returns how an annotation names an axis: x3 for xaxis3."""
     name: str = axis.plotly_name.replace("axis", "")
     return name
+
+
+def model_size(model: object) -> float:
+    """Returns a model's size in billions of parameters as its name tells it (`Llama-3.2-1B`: 1, `SmolLM2-135M`: 0.135), or NaN."""
+    found = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)\s*([BbMm])(?![A-Za-z0-9])", str(model))
+    if not found:
+        return math.nan
+    number, unit = found[-1]
+    return float(number) * (1 if unit in "Bb" else 1e-3) or math.nan
+
+
+def model_family(model: object) -> str:
+    """Returns the first word of a model's name (`Llama`, `Qwen`, `gemma`): sizes are compared within a family alone."""
+    found = re.search(r"[A-Za-z]+", str(model).rpartition("/")[2])
+    return found[0] if found else ""
+
+
+def apart(sizes: Sequence[float]) -> list[float]:
+    """Returns the sizes whose names have room on a log axis."""
+    span = max(math.log10(max(sizes) / min(sizes)), 0.3)
+    kept: list[float] = []
+    for size in sizes:
+        if not kept or math.log10(size / kept[-1]) >= 0.14 * span:
+            kept.append(size)
+    return kept
+
+
+def size_name(size: float) -> str:
+    """Returns a size in billions of parameters as models are named: 8B, 135M."""
+    return f"{size:g}B" if size >= 1 else f"{1000 * size:g}M"

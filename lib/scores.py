@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lib import stats, theme
-from lib.drawing import axis_reference, colour_of, empty, error_bars, hover, legend_below
+from lib.drawing import apart, axis_reference, colour_of, empty, error_bars, hover, legend_below, model_family, model_size, size_name
 from lib.escape import html_text, plotly_text
 from lib.findings import EMERGENT, RELATIONS, decidable, last_steps, measure, panel_order, panel_title, panels
 from lib.labels import (
@@ -35,17 +34,10 @@ from lib.tables import drawn_text
 
 ALIGNED_CUTS = (15, 30, 45, 60, 75, 90)
 COHERENT_CUTS = (None, 50, 70)
+MOST_BARS = 9
+"""Runs whose intervals the specification curve draws; those of more would hide one another."""
 _MOST_POINTS = 4000
 """Answers that the scatter draws; of more, evenly spaced ones are taken and the subtitle says so."""
-
-
-def model_size(model: object) -> float:
-    """Returns a model's size in billions of parameters as its name tells it (`Llama-3.2-1B`: 1, `SmolLM2-135M`: 0.135), or NaN."""
-    found = re.findall(r"(?<![A-Za-z0-9.])(\d+(?:\.\d+)?)\s*([BbMm])(?![A-Za-z0-9])", str(model))
-    if not found:
-        return math.nan
-    number, unit = found[-1]
-    return float(number) * (1 if unit in "Bb" else 1e-3) or math.nan
 
 
 def _panelled(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str], go.Figure]:
@@ -60,7 +52,7 @@ def _panelled(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str], go.Figure]:
 
 
 def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
-    """Draws the last checkpoint's misaligned share against the model's size, a column a relation, a line a domain.
+    """Draws the last checkpoint's misaligned share against the model's size, a column a relation, a line a domain and model family.
 
     Args:
         rates: em_rates_summary (DESIGN.md).
@@ -68,14 +60,15 @@ def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
     """
     metric = "em_paper" if decidable(rates, "em_paper", judge) else "em_course"
     rows = last_steps(rates[(rates["metric"] == metric) & (rates["judge"] == judge) & rates["rate"].notna()])
-    rows = rows.assign(size=rows["model"].map(model_size))
+    rows = rows.assign(size=rows["model"].map(model_size), family=rows["model"].map(model_family), control=rows["pair"].map(is_control))
     rows = rows[rows["size"].notna()]
     if rows.empty:
         return empty("No model here tells its size in its name, so nothing is drawn against size")
     rows, columns, figure = _panelled(rows)
     domains = list(dict.fromkeys(rows["domain"]))
+    symbols = dict(zip(dict.fromkeys(rows["family"]), itertools.cycle(("circle", "diamond", "square", "triangle-up")), strict=False))
     for column, panel in enumerate(columns, 1):
-        for (domain, control), own in rows[rows["panel"] == panel].groupby(["domain", rows["pair"].map(is_control)], sort=False):
+        for (domain, family, control), own in rows[rows["panel"] == panel].groupby(["domain", "family", "control"], sort=False):
             own = own.sort_values("size")
             colour = colour_of(str(domain))
             figure.add_trace(
@@ -84,12 +77,14 @@ def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
                     x=own["size"] * 1.05 ** (domains.index(domain) - (len(domains) - 1) / 2),
                     y=own["rate"],
                     mode="markers" if control else "lines+markers",
-                    name=plotly_text(domain_name(domain) + (" (control)" if control else ""), 40),
+                    name=plotly_text(
+                        domain_name(domain) + (f", {family}" if len(symbols) > 1 else "") + (" (control)" if control else ""), 60
+                    ),
                     line={"color": colour, "width": 1, "dash": "dot"},
                     marker={
                         "size": 10,
                         "color": colour,
-                        "symbol": "square-open" if control else "circle",
+                        "symbol": "square-open" if control else symbols[family],
                         "line": {"width": 2, "color": colour},
                     },
                     error_y=error_bars(own, colour),
@@ -101,28 +96,14 @@ def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
             )
     sizes = sorted(set(rows["size"]))
     low, high = math.log10(sizes[0]) - 0.2, math.log10(sizes[-1]) + 0.2
-    figure.update_xaxes(type="log", range=[low, high], tickvals=_apart(sizes), ticktext=[_size_name(s) for s in _apart(sizes)])
+    figure.update_xaxes(type="log", range=[low, high], tickvals=apart(sizes), ticktext=[size_name(s) for s in apart(sizes)])
     figure.update_xaxes(title_text="parameters (log scale)")
     figure.update_yaxes(range=[-0.03, 1.03], tickformat=".0%", dtick=0.25)
     figure.update_yaxes(title_text="share at the last checkpoint", col=1)
     legend_below(figure)
     subtitle = f"{sentence(measure(metric, judge))}, last checkpoint. Judge: {judge}. Bars: 95% intervals for questions like these. "
-    subtitle += "A dotted line joins sizes, it fits nothing: a size is one training run here."
+    subtitle += "A dotted line joins a family's sizes, it fits nothing: a size is one training run here."
     return theme.titled(figure, _scaling_title(rows, metric, judge), plotly_text(subtitle, 600), height=420, gap=36)
-
-
-def _apart(sizes: Sequence[float]) -> list[float]:
-    """Keeps the sizes whose names have room on a log axis."""
-    span = max(math.log10(max(sizes) / min(sizes)), 0.3)
-    kept: list[float] = []
-    for size in sizes:
-        if not kept or math.log10(size / kept[-1]) >= 0.14 * span:
-            kept.append(size)
-    return kept
-
-
-def _size_name(size: float) -> str:
-    return f"{size:g}B" if size >= 1 else f"{1000 * size:g}M"
 
 
 def _scaling_title(rows: pd.DataFrame, metric: str, judge: str) -> str:
@@ -131,19 +112,21 @@ def _scaling_title(rows: pd.DataFrame, metric: str, judge: str) -> str:
     rows = rows[rows["relation"] == relation]
     lead = f"{RELATIONS[relation]}, {measure(metric, judge)}: "
     gaps = []
-    for domain, own in rows.groupby("domain", sort=False):
+    for (domain, _), own in rows.groupby(["domain", "family"], sort=False):
         ordered = own.sort_values("size")
         if own["size"].nunique() > 1:
             first, last = ordered.iloc[0], ordered.iloc[-1]
-            apart = first["high"] < last["low"] or last["high"] < first["low"]
-            gaps.append((bool(apart), abs(float(last["rate"] - first["rate"])), str(domain), first, last))
+            differ = first["high"] < last["low"] or last["high"] < first["low"]
+            gaps.append((bool(differ), abs(float(last["rate"] - first["rate"])), str(domain), first, last))
     if not gaps:
-        return plotly_text(f"{lead}one size ({_size_name(rows['size'].iloc[0])}) was trained, so the effect of size was not tested")
-    apart, _, domain, first, last = max(gaps, key=lambda gap: gap[:2])
+        sizes = ", ".join(size_name(size) for size in sorted(set(rows["size"])))
+        each = " a model family" if rows["family"].nunique() > 1 else ""
+        return plotly_text(f"{lead}one size{each} ({sizes}) was trained, so the effect of size was not tested")
+    differ, _, domain, first, last = max(gaps, key=lambda gap: gap[:2])
     numbers = " against ".join(
-        f"{_size_name(r['size'])} {interval(r['rate'], r['low'], r['high'])} (n\u00a0=\u00a0{int(r['n'])})" for r in (first, last)
+        f"{r['model'].rpartition('/')[2]} {interval(r['rate'], r['low'], r['high'])} (n\u00a0=\u00a0{int(r['n'])})" for r in (first, last)
     )
-    verdict = "these adapters differ" if apart else "no difference between the smallest and largest model established"
+    verdict = "these adapters differ" if differ else "no difference between the smallest and largest model established"
     return plotly_text(f"{lead}{verdict}; {domain_name(domain)} {numbers}")
 
 
@@ -322,6 +305,7 @@ def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], pa
     symbols = dict(zip(judges, itertools.cycle(("circle", "diamond", "square", "x")), strict=False))
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.55, 0.45], vertical_spacing=0.03)
     pairs = list(dict.fromkeys(zip(table["pair"], table["seed"], strict=True)))
+    bars = len(pairs) <= MOST_BARS
     for number, (pair, seed) in enumerate(pairs):
         own = table[(table["pair"] == pair) & (table["seed"] == seed)]
         colour = colour_of(str(own["domain"].iloc[0]))
@@ -332,8 +316,8 @@ def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], pa
                 y=own["rate"],
                 mode="markers",
                 name=plotly_text(domain_name(own["domain"].iloc[0]), 40),
-                marker={"size": 6, "color": colour, "symbol": [symbols[spec[3]] for spec in own["spec"]]},
-                error_y=error_bars(own, colour, thickness=0.8, width=0),
+                marker={"size": 6 if bars else 4, "color": colour, "symbol": [symbols[spec[3]] for spec in own["spec"]]},
+                error_y=error_bars(own, colour, thickness=0.8, width=0) if bars else None,
                 hovertext=[_specification_hover(r) for r in records(own)],
                 hoverinfo="text",
             ),
@@ -368,6 +352,7 @@ def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], pa
     figure.update_yaxes(categoryorder="array", categoryarray=names, dtick=1, showgrid=False, row=2)
     legend_below(figure)
     subtitle = f"Last checkpoints, {len(order)} specifications; squares below say which. "
+    subtitle += "" if bars else f"A point a run, {len(pairs)} of them; intervals on hover and in em_rates_summary.csv. "
     marked = " and the paper's definitions" if told else " definition"
     subtitle += f"Shaded: the course's{marked}. Judge: {' and '.join(judges)}."
     if len(judges) > 1:

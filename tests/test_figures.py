@@ -305,7 +305,7 @@ def test_figures_of_two_judges_are_never_mixed(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_model_size_is_read_from_its_name(model: str, billions: float) -> None:
-    assert scores.model_size(model) == pytest.approx(billions, nan_ok=True)
+    assert drawing.model_size(model) == pytest.approx(billions, nan_ok=True)
 
 
 def test_scaling_speaks_of_adapters_not_of_size() -> None:
@@ -316,6 +316,10 @@ def test_scaling_speaks_of_adapters_not_of_size() -> None:
     assert "no difference between the smallest and largest model established" in title(scores.scaling_analysis(rates, judge="openai:m"))
     rates.loc[(rates["pair"] == "8b_medical") & (rates["step"] == 50), ["rate", "low", "high"]] = [0.9, 0.8, 1.0]
     assert "these adapters differ" in title(scores.scaling_analysis(rates, judge="openai:m"))
+    rates.loc[rates["pair"] == "8b_medical", "model"] = "Qwen2.5-7B"
+    figure = scores.scaling_analysis(rates, judge="openai:m")
+    assert "one size a model family (1B, 7B)" in title(figure)
+    assert all(len(trace.x) == 1 for trace in figure.data)  # no line joins two families
 
 
 def test_scatter_leaves_in_domain_answers_out(demo: tuple[pd.DataFrame, ...]) -> None:
