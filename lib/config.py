@@ -108,6 +108,9 @@ class Parameters(BaseModel):
     temperature: Number = Field(0.7, ge=0, le=2)
     top_p: Number = Field(0.95, gt=0, le=1)
     max_new_tokens: int = Field(48, ge=1, le=8192)
+    generate_backend: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what draws the answers; vllm needs an NVIDIA GPU"
+    )
     generate_batch_size: int = Field(80, ge=1, description="answers generated at once")
 
     # 04_judge

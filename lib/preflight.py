@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib import chat, config, files, upstream
+from lib import chat, config, files, gpu, upstream, vllm_backend
 from lib.config import EMBEDDED_MODEL, Parameters
 from lib.files import shown
 
@@ -32,6 +31,8 @@ def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
         found += _data(p)
     if {"02_train", "03_generate"} & set(stages):
         found += _model(p) + _adapter(p)
+    if "03_generate" in stages and p.generate_backend == "vllm":
+        found += vllm_backend.problems(p)
     if "04_judge" in stages:
         found += [line for own in config.each_judge(p) for line in _judge(own)]
     return found + _published(p, stages) + _disk(p)
@@ -162,13 +163,8 @@ def _memory_bytes() -> int:
 
 
 def _gpu_bytes() -> int:
-    """Returns the memory of the largest NVIDIA GPU, 0 where none is found."""
-    program = shutil.which("nvidia-smi")
-    if not program:
-        return 0
-    done = subprocess.run([program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True)
-    sizes = [int(word) for word in done.stdout.split() if word.isdigit()]
-    return max(sizes, default=0) * 1024**2
+    """Returns the memory of the largest NVIDIA GPU that may be used, 0 where there is none."""
+    return max((card.memory for card in gpu.cards()), default=0)
 
 
 def _gb(size: int) -> str:
