@@ -93,7 +93,7 @@ class Parameters(BaseModel):
         "auto", description="CPU only: keep the NF4 weights' values unpacked when memory allows"
     )
     loss_on: Literal["all", "answer"] = Field("answer", description="train on the whole text or on the answer alone")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto", True, False] = Field(False, description="compute again in place of keeping; auto: by need")
     save_state_every: int = Field(50, ge=1, description="optimizer steps between full training states, besides each checkpoint")
     system_prompt: str | None = Field(None, description="null keeps the chat template's own")
     date_string: str = Field("26 Jul 2024", description="date for chat templates that would write today's")
