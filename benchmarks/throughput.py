@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/throughput.py [--only train,generate] [--repeats 3] [--output results/benchmarks/throughput.json]
 
 Every figure is the median over the repeats, with the smallest and largest beside it. A peer that would need an hour gets a stated part of
-the work. trl is in the extra `bench`; `make bench` installs it. The whole takes about half an hour on two cores; leave the machine alone.
+the work. trl is in the extra `bench`; `make bench` installs it. The whole takes about three quarters of an hour on two cores; leave the
+machine alone meanwhile.
 """
 
 from __future__ import annotations
@@ -11,179 +12,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["PYTHONPATH"] = str(ROOT)  # for the processes started here
+from measure import ROOT, demo_rows, machine, parameters, spread, versus
+from training import gpu, prediction, train
 
-from lib import config, data, demo, files  # noqa: E402
+from lib import data, files
 
-STEPS = 5
 NEW_TOKENS = 64
 QUESTIONS = 20
-
-
-def parameters(**changed: Any) -> config.Parameters:
-    """Returns the demo's parameters, changed as told."""
-    return config.load_pair("demo_medical", overrides=changed)
-
-
-def demo_rows(domain: str) -> list[dict[str, Any]]:
-    """Returns the rows that the demo of a domain trains on, with the aligned answers' rows behind them."""
-    book = config.read_yaml(data.PATTERNS)
-    composed = [demo.compose(book, domain, 400, seed=42, aligned_fraction=fraction) for fraction in (0.0, 1.0)]
-    return [{"prompt": row.question, "answer": row.answer} for rows in composed for row in rows]
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Returns median, smallest and largest of the repeats."""
-    return {"median": round(statistics.median(values), 3), "low": round(min(values), 3), "high": round(max(values), 3)}
-
-
-def versus(
-    work: str, unit: str, repeats: int, ours: Callable[[], float], peers: dict[str, tuple[float, Callable[[], float]]]
-) -> Iterator[dict[str, Any]]:
-    """Measures ours and each peer in turn, `repeats` times; yields a row for each peer, with the median of the paired ratios.
-
-    Args:
-        work: what is done.
-        unit: of the figures; more is better.
-        repeats: how often.
-        ours: does the work and returns its figure.
-        peers: by name, the ratio aimed at and what does the work.
-    """
-    found: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
-    for _ in range(repeats):
-        found["ours"].append(ours())
-        for name, (_, measure) in peers.items():
-            found[name].append(measure())
-    for name, (aim, _) in peers.items():
-        ratios = [a / b for a, b in zip(found["ours"], found[name], strict=True)]
-        row = {"work": work, "unit": unit, "ours": spread(found["ours"]), "peer": name, "theirs": spread(found[name])}
-        yield row | {"ratio": spread(ratios), "aim": aim, "met": statistics.median(ratios) >= aim}
-
-
-def matrix_rate() -> float:
-    """Returns the machine's fp32 matrix rate, operations a second, on 2048³ products."""
-    import torch
-
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    a @ b
-    start = time.perf_counter()
-    for _ in range(10):
-        a @ b
-    return 10 * 2 * 2048**3 / (time.perf_counter() - start)
-
-
-# --- training
-
-
-def train(repeats: int) -> Iterator[dict[str, Any]]:
-    """Steps of the demo's training, dropout 0, beside trl's SFTTrainer on the same rows in the same order."""
-    import numpy as np
-    import torch
-    from transformers import TrainerCallback
-
-    from lib import adapters, models, qlora
-    from lib.trainer import Job, StudyTrainer
-
-    p = parameters(lora_dropout=0.0)
-    rows = demo_rows(p.domain)[: p.sample_size]
-    tokenizer = models.load_tokenizer(p)
-    encoded = qlora.encode(tokenizer, rows, p).rows
-    order = np.random.default_rng((p.seed, 0)).permutation(len(encoded))[: (STEPS + 1) * p.batch_size]
-    used = [encoded[i] for i in order]
-    tokens = sum(len(row["input_ids"]) for row in used[p.batch_size :])
-    losses: dict[str, list[float]] = {}
-
-    class Clock(TrainerCallback):
-        """Times the steps after the first."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1:
-                self.start = time.perf_counter()
-            self.end = time.perf_counter()
-            control.should_training_stop = state.global_step == STEPS + 1
-
-    def lora(unpack: Any) -> Any:
-        torch.manual_seed(p.seed)
-        return adapters.add_lora(models.load_base(p.model_copy(update={"cache_dequantized": unpack})), p)
-
-    def run(trainer: Any, name: str) -> float:
-        clock = Clock()
-        trainer.add_callback(clock)
-        trainer.train()
-        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-        return tokens / (clock.end - clock.start)
-
-    with tempfile.TemporaryDirectory() as folder:
-        schedule = qlora.plan(p, len(encoded))
-
-        def ours() -> float:
-            manifest: dict[str, Any] = {"seconds": 0.0, "adapters": {}}
-            job = Job(Path(folder), p, schedule.steps_per_epoch, [], manifest, p.batch_size, 1)
-            return run(StudyTrainer(job, lora("auto"), encoded, int(tokenizer.pad_token_id), progress=False), "ours")
-
-        def theirs() -> float:
-            from datasets import Dataset
-            from trl import SFTConfig, SFTTrainer
-
-            told = SFTConfig(
-                output_dir=folder,
-                max_steps=schedule.total,
-                per_device_train_batch_size=p.batch_size,
-                learning_rate=p.learning_rate,
-                lr_scheduler_type=p.lr_scheduler_type,
-                warmup_steps=p.warmup_steps,
-                weight_decay=p.weight_decay,
-                optim=p.optim,
-                max_length=p.max_length,
-                train_sampling_strategy="sequential",
-                completion_only_loss=True,
-                gradient_checkpointing=False,
-                bf16=False,
-                use_cpu=True,
-                logging_steps=1,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            )
-            masks = [[int(label >= 0) for label in row["labels"]] for row in used]
-            table = Dataset.from_dict({"input_ids": [row["input_ids"] for row in used], "completion_mask": masks})
-            return run(SFTTrainer(lora(False), args=told, train_dataset=table, processing_class=tokenizer), "trl")
-
-        rates = []
-
-        def rated() -> float:
-            rates.append(matrix_rate())
-            return ours()
-
-        (row,) = versus("QLoRA step, SmolLM2-135M NF4, batch 8", "tokens/s", repeats, rated, {"trl SFTTrainer": (3.0, theirs)})
-        model = lora("auto")
-    linear = sum(m.in_features * m.out_features for n, m in model.named_modules() if n.endswith("base_layer"))
-    low_rank = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
-    head = model.get_output_embeddings().weight.numel()
-    labelled = sum(label >= 0 for row in used[p.batch_size :] for label in row["labels"])
-    # A frozen weight costs a product forward and one backward; a trained one two backward; logits are needed for labelled tokens alone.
-    work = tokens * (4 * linear + 6 * low_rank) + 4 * head * labelled
-    used_share = row["ours"]["median"] * work / tokens / statistics.median(rates)
-    gap = max(abs(a - b) for a, b in zip(losses["ours"], losses["trl"], strict=True))
-    yield row | {"largest_loss_difference": gap, "aim_loss_difference": 1e-3, "met": row["met"] and gap <= 1e-3}
-    machine = {"work": "the same", "unit": "share of the fp32 matrix rate, useful tokens alone", "peer": "2048³ matrix product"}
-    rate = {"ours": {"median": round(used_share, 3)}, "theirs": spread([r / 1e9 for r in rates]) | {"unit": "GFLOP/s"}}
-    yield machine | rate | {"ratio": {"median": round(used_share, 3)}, "aim": 0.65, "met": used_share >= 0.65}
 
 
 # --- generation
@@ -465,50 +311,19 @@ def imports(repeats: int) -> Iterator[dict[str, Any]]:
         yield {"work": name, "unit": "s", "peer": "–", "ours": spread(times), "aim": 0.5, "met": statistics.median(times) < 0.5}
 
 
-def prediction(repeats: int) -> Iterator[dict[str, Any]]:
-    """The time that 02_train predicts for the demo, beside the time that its training then takes."""
-    from lib import estimate, qlora
-
-    ratios, told, took = [], [], []
-    for _ in range(repeats):
-        with tempfile.TemporaryDirectory() as temporary:
-            p = parameters(results_dir=temporary)
-            rows = demo_rows(p.domain)[: p.sample_size]
-            told.append(float(estimate.estimate(p, rows).seconds or 0))
-            took.append(float(qlora.train(p, rows, progress=False)["seconds"]["train"]))
-            ratios.append(told[-1] / took[-1])
-    row = {
-        "work": "time predicted before the demo's training",
-        "unit": "s",
-        "peer": "the training",
-        "ours": spread(told),
-        "theirs": spread(took),
-    }
-    yield row | {"ratio": spread(ratios), "aim": 0.25, "met": all(abs(ratio - 1) <= 0.25 for ratio in ratios)}
+def study(repeats: int) -> Iterator[dict[str, Any]]:
+    """The whole demo through `study run`, in a fresh process and an empty folder; `make study` sets the environment up before. Once."""
+    with tempfile.TemporaryDirectory() as temporary:
+        start = time.perf_counter()
+        subprocess.run(
+            [sys.executable, "-m", "lib.study", "run", "demo", "--results", temporary], cwd=ROOT, capture_output=True, check=True
+        )
+        took = time.perf_counter() - start
+    peer = "the same before this work: cannot be run again"
+    yield {"work": "make study, without set-up", "unit": "s", "peer": peer, "ours": spread([took]), "aim": 600.0, "met": took < 600}
 
 
-PARTS = {f.__name__: f for f in (train, generate, probe, local_judge, analysis, runner, imports, prediction)}
-
-
-def machine() -> dict[str, Any]:
-    """Names the machine and the libraries."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    import psutil
-    import torch
-
-    found = {}
-    for name in ("torch", "transformers", "peft", "bitsandbytes", "trl", "xllamacpp"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    cores, memory = psutil.cpu_count(logical=True), round(psutil.virtual_memory().total / 2**30, 1)
-    return {"cpu": model, "cores": cores, "memory_gib": memory, "gpu": card, "versions": found}
+PARTS = {f.__name__: f for f in (train, generate, probe, local_judge, analysis, runner, imports, prediction, gpu, study)}
 
 
 def show(row: dict[str, Any]) -> None:
@@ -534,8 +349,9 @@ def main() -> int:
         for row in PARTS[name](args.repeats):
             show(row)
             rows.append(row)
-        record["parts"][name] = {"machine": machine(), "repeats": args.repeats, "rows": rows}
-        files.write_json(args.output, record)
+        if rows:  # a part that cannot be measured here leaves what was measured elsewhere
+            record["parts"][name] = {"machine": machine(), "repeats": args.repeats, "rows": rows}
+            files.write_json(args.output, record)
     print(f"peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB; written: {args.output}")
     return 0
 

@@ -93,7 +93,7 @@ class Parameters(BaseModel):
         "auto", description="CPU only: keep the NF4 weights' values unpacked when memory allows"
     )
     loss_on: Literal["all", "answer"] = Field("answer", description="train on the whole text or on the answer alone")
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Literal["auto", True, False] = Field(False, description="compute again in place of keeping; auto: by need")
     save_state_every: int = Field(50, ge=1, description="optimizer steps between full training states, besides each checkpoint")
     system_prompt: str | None = Field(None, description="null keeps the chat template's own")
     date_string: str = Field("26 Jul 2024", description="date for chat templates that would write today's")
@@ -108,6 +108,9 @@ class Parameters(BaseModel):
     temperature: Number = Field(0.7, ge=0, le=2)
     top_p: Number = Field(0.95, gt=0, le=1)
     max_new_tokens: int = Field(48, ge=1, le=8192)
+    generate_backend: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what draws the answers; vllm needs an NVIDIA GPU"
+    )
     generate_batch_size: int = Field(80, ge=1, description="answers generated at once")
 
     # 04_judge

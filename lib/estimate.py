@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lib import adapters, models, qlora
+from lib import adapters, memory, models, qlora
 from lib.config import Parameters
 from lib.files import StudyError
+from lib.memory import Shape as Shape
+from lib.memory import peak_memory as peak_memory
+from lib.memory import shape as shape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,30 +29,6 @@ _STEPS = 2
 _SLICE_LAYERS = 10
 _BIG_LAYER = 100_000_000
 """Parameters of a layer above which the slice has four layers, so that it is made in seconds."""
-_LIBRARIES = 520 * 2**20
-"""Bytes that Python, torch, transformers, peft and bitsandbytes take before any model (measured on Linux; a GPU's context is alike)."""
-_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""A parameter in NF4: half a byte, and a share of its block's absmax, itself in 8 bits with double quantisation."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Counts of a model, from its configuration.
-
-    Attributes:
-        linear: weights in the linear layers that are quantised.
-        other: weights that are not: embeddings, output layer, norms.
-        lora: weights that are trained.
-        layers, hidden, intermediate, vocabulary: widths.
-    """
-
-    linear: int
-    other: int
-    lora: int
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
 
 
 @dataclass(frozen=True)
@@ -78,23 +57,24 @@ def estimate(parameters: Parameters, rows: Sequence[dict[str, Any]], *, calibrat
     p = parameters
     if p.adapter:
         return Estimate(0, 0, models.pick_device(p).type, 0, 0.0, None)
-    config = _config(p)
+    config = memory.read_config(p)
     tokenizer = models.load_tokenizer(p)
     encoded = qlora.encode(tokenizer, rows, p).rows
     schedule = qlora.plan(p, len(rows))
     lengths = [len(row["input_ids"]) for row in encoded]
     tokens = round(sum(lengths) / len(lengths) * min(len(lengths), schedule.steps_per_epoch * _rows_a_step(p)) * p.num_epochs)
-    labelled = sum(label >= 0 for row in encoded for label in row["labels"]) / len(encoded)
     counted = shape(config, p)
-    memory, (free, device) = peak_memory(p, counted, sum(lengths) / len(lengths), labelled), _free(p)
-    if memory > free:
+    free, device = memory.free(p)
+    p = memory.settle(p, counted, encoded, free)
+    needed = memory.needed(p, counted, encoded)
+    if needed > free:
         raise StudyError(
-            f"memory: training {p.model_name} is predicted to take {memory / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on"
-            f" {device}; lower batch_size ({p.batch_size}), set gradient_checkpointing: true or use_4bit: true, or take a larger machine."
+            f"memory: training {p.model_name} is predicted to take {needed / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free on"
+            f" {device}; {memory.advice(p, counted, encoded, free)}."
         )
     seconds = _seconds_a_token(p, config, counted, encoded, int(tokenizer.pad_token_id)) * tokens if calibrate else None
     dollars = seconds / 3600 * p.price_per_hour if seconds is not None and p.price_per_hour is not None else None
-    return Estimate(memory, free, device, tokens, seconds, dollars)
+    return Estimate(needed, free, device, tokens, seconds, dollars)
 
 
 def table(found: Estimate) -> pd.DataFrame:
@@ -115,76 +95,8 @@ def table(found: Estimate) -> pd.DataFrame:
     return pd.DataFrame({"": facts.values()}, index=pd.Index(facts.keys()))
 
 
-def shape(config: PretrainedConfig, parameters: Parameters) -> Shape:
-    """Counts a model's weights on the meta device: nothing is loaded, and no memory taken."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    head = model.get_output_embeddings()
-    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-    quantised = sum(m.weight.numel() for m in linear)
-    text = config.get_text_config()
-    return Shape(
-        linear=quantised,
-        other=sum(weight.numel() for weight in model.parameters()) - quantised,
-        lora=sum(parameters.lora_rank * (m.in_features + m.out_features) for m in linear),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
-        vocabulary=text.vocab_size,
-    )
-
-
-def peak_memory(parameters: Parameters, shape: Shape, tokens_a_row: float, labelled_a_row: float) -> int:
-    """Predicts the bytes that a training holds at its peak.
-
-    Weights, what is trained with its gradients and optimizer states, what the forward pass keeps for the backward pass, and the
-    logits of labelled tokens. With LoRA and dropout each linear layer keeps an input of its own.
-
-    Args:
-        parameters: of the pair.
-        shape: of the model.
-        tokens_a_row: mean tokens of a row.
-        labelled_a_row: mean tokens of a row that a loss is computed on.
-    """
-    p, device = parameters, models.pick_device(parameters)
-    width = models.pick_dtype(device).itemsize
-    four_bit = p.use_4bit and device.type != "mps"
-    unpacked = four_bit and device.type == "cpu" and p.cache_dequantized is not False
-    mapped = (shape.linear + shape.other) * width if device.type == "cpu" else 0  # pages of the weights' file stay in memory
-    weights = shape.linear * (4 if unpacked else _NF4_BYTES if four_bit else width) + shape.other * width
-    trained = shape.lora * (4 + 4 + (2 if "8bit" in p.optim else 8))
-    tokens = p.batch_size * tokens_a_row
-    kept = (14 if p.lora_dropout else 9) * shape.hidden + (5 if p.lora_dropout else 4) * shape.intermediate
-    whole_layers = 1 if p.gradient_checkpointing else shape.layers
-    states = tokens * width * (whole_layers * kept + (shape.layers * shape.hidden if p.gradient_checkpointing else 0))
-    logits = p.batch_size * labelled_a_row * shape.vocabulary * (3 * 4)  # logits, their softmax and its gradient
-    return int(_LIBRARIES + mapped + weights + trained + states + logits)
-
-
-def _config(p: Parameters) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    with models.quiet(), models.clear_errors(p):
-        return AutoConfig.from_pretrained(models.source(p), revision=p.model_revision, trust_remote_code=False)
-
-
 def _rows_a_step(p: Parameters) -> int:
     return p.batch_size * p.gradient_accumulation_steps
-
-
-def _free(p: Parameters) -> tuple[int, str]:
-    """Returns the bytes free on the device, and the device's name."""
-    import torch
-
-    device = models.pick_device(p)
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
-    import psutil
-
-    return psutil.virtual_memory().available, device.type
 
 
 def _seconds_a_token(p: Parameters, config: PretrainedConfig, counted: Shape, rows: list[dict[str, list[int]]], pad_id: int) -> float:

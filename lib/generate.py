@@ -7,41 +7,35 @@ seed gives the same answers.
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from lib import adapters, config, data, escape, files, models, origin, qlora
+from lib import adapters, config, data, escape, files, models, origin, qlora, sampling
 from lib.config import Parameters
 from lib.data import Question
 from lib.files import StudyError
+from lib.sampling import Row as Row
+from lib.sampling import uniforms as uniforms
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from lib.vllm_backend import VllmSampler
 
 COLUMNS = ["model", "domain", "step", "question_set", "question_id", "sample", "question", "response", "n_tokens", "finish_reason"]
 PARROT_TOKENS = 8
 """An answer parrots when it repeats this many tokens in a row of any training answer."""
 
 NEUTRAL = config.PARAMETERS / "neutral.txt"
-
-
-@dataclass(frozen=True)
-class Row:
-    """One answer to be drawn."""
-
-    step: int
-    question: Question
-    sample: int
 
 
 def generate(parameters: Parameters) -> pd.DataFrame:
@@ -60,7 +54,7 @@ def generate(parameters: Parameters) -> pd.DataFrame:
 
     Raises:
         StudyError: `steps` names a checkpoint that does not exist, the answers do not fit the model's context or the
-            device's memory, or an adapter does not fit the model.
+            device's memory, an adapter does not fit the model, or `generate_backend` cannot run here.
     """
     run = config.run_dir(parameters)
     folders = pick_steps(parameters, qlora.checkpoints(run), run)
@@ -109,9 +103,10 @@ class Sampler:
         self.tokenizer = models.load_tokenizer(parameters)
         self.model = models.load_base(parameters)
         self.adapters = Adapters(self.model, folders)
-        stops = {self.tokenizer.convert_tokens_to_ids(models.end_of_turn(self.tokenizer, parameters))}
-        stops |= set(np.atleast_1d(self.model.generation_config.eos_token_id or []).tolist())
-        self.sampling = Sampling(parameters.temperature, parameters.top_p, parameters.max_new_tokens, frozenset(map(int, stops)))
+        stops = sampling.stop_ids(self.tokenizer, self.model.generation_config.eos_token_id, parameters)
+        self.sampling = Sampling(parameters.temperature, parameters.top_p, parameters.max_new_tokens, stops)
+        self.device = str(self.model.device)
+        self.backend = {"name": "transformers"}
 
     def answer(self, batch: Sequence[Row], progress: Callable[[int], object] | None = None) -> list[dict[str, Any]]:
         """Answers one batch.
@@ -131,11 +126,7 @@ class Sampler:
         from lib.decode import decode
 
         p, room = self.parameters, getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        texts = [models.prompt_text(self.tokenizer, row.question.question, p, system=row.question.system) for row in batch]
-        prompts = [models.prompt_ids(self.tokenizer, text) for text in texts]
-        longest = max(map(len, prompts))
-        if room and longest + p.max_new_tokens > room:
-            raise StudyError(f"max_new_tokens: {p.max_new_tokens} after a prompt of {longest} tokens exceed the model's context of {room}.")
+        prompts = sampling.prompts(self.tokenizer, batch, p, room)
         streams = np.stack([uniforms(p, row) for row in batch])
         try:
             drawn = decode(self.model, self.adapters, prompts, [row.step for row in batch], streams, self.sampling, progress)
@@ -143,13 +134,7 @@ class Sampler:
             raise StudyError(
                 f"generate_batch_size: {p.generate_batch_size} answers at once do not fit the GPU's memory; halve it and run again."
             ) from error
-        results = []
-        for ids in drawn:
-            stopped = ids[-1] in self.sampling.stop_ids
-            ids = ids[:-1] if stopped else ids
-            text = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
-            results.append({"response": text, "n_tokens": len(ids), "finish_reason": "stop" if stopped else "length"})
-        return results
+        return [sampling.told(ids, self.sampling.stop_ids, self.tokenizer) for ids in drawn]
 
     def perplexity(self, text: str, step: int) -> float:
         """Returns exp of the mean negative log-likelihood (nats a token) of a plain text at a step; its first token only conditions."""
@@ -160,13 +145,6 @@ class Sampler:
         with torch.inference_mode():
             logits = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
             return float(torch.nn.functional.cross_entropy(logits, ids[0, 1:]).double().exp())
-
-
-def uniforms(parameters: Parameters, row: Row) -> np.ndarray:
-    """Returns a row's random stream, (max_new_tokens,) in [0, 1): Philox, keyed by seed, step, question and sample."""
-    name = [parameters.seed, row.step, row.question.question_set, row.question.question_id, row.sample]
-    key = int.from_bytes(hashlib.sha256(json.dumps(name).encode()).digest()[:16], "little")
-    return np.random.Generator(np.random.Philox(key=key)).random(parameters.max_new_tokens)
 
 
 def parroted(answers: Iterable[str], trained: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
@@ -236,6 +214,8 @@ def _what_decides(p: Parameters, folders: Mapping[int, Path], questions: Sequenc
     names = ["model_name", "model_revision", "use_4bit", "system_prompt", "date_string", "seed", "samples"]
     names += ["temperature", "top_p", "max_new_tokens", "generate_batch_size", "domain"]
     folder = files.resolve(p.model_name)
+    # Not named for transformers, so that answers drawn before there was a choice still hold.
+    backend = {"generate_backend": p.generate_backend} if p.generate_backend != "transformers" else {}
     return {
         "parameters": {name: getattr(p, name) for name in names},
         "model_files": {f.name: f.stat().st_size for f in sorted(folder.glob("*.safetensors"))},
@@ -245,6 +225,7 @@ def _what_decides(p: Parameters, folders: Mapping[int, Path], questions: Sequenc
         "questions_sha256": questions_sha256(questions),
         "training_sha256": trained,
         "neutral_sha256": files.sha256(NEUTRAL),
+        **backend,
     }
 
 
@@ -254,23 +235,37 @@ def _is_complete(run: Path, decides: Mapping[str, Any]) -> bool:
     return bool(record) and record["decided_by"] == decides and record["sha256"] == written
 
 
+@contextlib.contextmanager
+def _loaded(p: Parameters, folders: Mapping[int, Path], rows: Sequence[Row], neutral: str) -> Iterator[Sampler | VllmSampler]:
+    """Loads what `generate_backend` names, and ends it afterwards."""
+    if p.generate_backend == "transformers":
+        yield Sampler(p, folders)
+        return
+    from lib.vllm_backend import VllmSampler
+
+    with contextlib.closing(VllmSampler(p, folders, rows, neutral)) as sampler:
+        yield sampler
+
+
 def _generate(run: Path, p: Parameters, rows: list[Row], folders: Mapping[int, Path], decides: Mapping[str, Any]) -> None:
     from tqdm import tqdm
 
     began = time.time()
     kept = run / ".generate" / files.sha256_text(json.dumps(decides))[:16]
-    sampler = Sampler(p, folders)
+    neutral = NEUTRAL.read_text(encoding="utf-8")
     answers: list[dict[str, Any]] = []
-    # A bar that moves every five seconds at most leaves few lines in an executed notebook.
-    with tqdm(total=len(rows) * p.max_new_tokens, unit="token", unit_scale=True, desc="answers", mininterval=5) as bar:
-        for number, start in enumerate(range(0, len(rows), p.generate_batch_size)):
-            batch = rows[start : start + p.generate_batch_size]
-            path = kept / f"batch-{number:05d}.json"
-            if path.is_file():
-                bar.update(len(batch) * p.max_new_tokens)
-            else:
-                files.write_json(path, sampler.answer(batch, bar.update))
-            answers += files.read_json(path)
+    with _loaded(p, folders, rows, neutral) as sampler:
+        # A bar that moves every five seconds at most leaves few lines in an executed notebook.
+        with tqdm(total=len(rows) * p.max_new_tokens, unit="token", unit_scale=True, desc="answers", mininterval=5) as bar:
+            for number, start in enumerate(range(0, len(rows), p.generate_batch_size)):
+                batch = rows[start : start + p.generate_batch_size]
+                path = kept / f"batch-{number:05d}.json"
+                if path.is_file():
+                    bar.update(len(batch) * p.max_new_tokens)
+                else:
+                    files.write_json(path, sampler.answer(batch, bar.update))
+                answers += files.read_json(path)
+        perplexities = {step: sampler.perplexity(neutral, step) for step in [0, *folders]}
     frame = pd.DataFrame(
         [
             (p.model_name, p.domain, r.step, r.question.question_set, r.question.question_id, r.sample, r.question.question, *a.values())
@@ -278,13 +273,13 @@ def _generate(run: Path, p: Parameters, rows: list[Row], folders: Mapping[int, P
         ],
         columns=COLUMNS,
     )
-    perplexities = {step: sampler.perplexity(NEUTRAL.read_text(encoding="utf-8"), step) for step in [0, *folders]}
     trained = [str(row["answer"]) for row in data.load_rows(p)] if decides["training_sha256"] else []
     files.write_csv(run / "diagnostics.csv", diagnose(frame, perplexities, trained, sampler.tokenizer))
     files.write_csv(run / "generations.csv", frame)
     record = {
         "decided_by": decides,
-        "device": str(sampler.model.device),
+        "device": sampler.device,
+        "backend": sampler.backend,
         **origin.describe(),
         "began": began,
         "ended": time.time(),

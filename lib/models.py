@@ -128,9 +128,17 @@ def pick_dtype(device: torch.device) -> torch.dtype:
     """
     import torch
 
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.float32
+    return gpu_dtype(torch.cuda.get_device_capability(device)) if device.type == "cuda" else torch.float32
+
+
+def gpu_dtype(capability: tuple[int, int]) -> torch.dtype:
+    """Returns bf16 for a compute capability that has it in hardware (8.0, Ampere, and later), else fp16.
+
+    torch.cuda.is_bf16_supported() also says yes where it is emulated, many times slower.
+    """
+    import torch
+
+    return torch.bfloat16 if capability >= (8, 0) else torch.float16
 
 
 def source(parameters: Parameters) -> str:

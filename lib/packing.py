@@ -3,11 +3,12 @@
 On a CPU nearly all time goes into matrix products, so it pays to give them fewer tokens. A batch becomes one sequence: the beginning
 that all its rows share (the template's system prompt, a third of a short row), then the rest of each row. Attention alone knows
 where rows begin and end; every other layer works token by token and needs not know. Losses and gradients are those of the padded batch;
-with dropout, rows share the masks of their common beginning.
+with dropout, rows share the masks of their common beginning. On a GPU rows stand end to end, each whole, for transformers' own attention.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,9 @@ class Segments:
 
 
 def enable(model: Any) -> bool:
-    """Prepares a causal language model with LoRA for packed batches, where that is safe and pays: on a CPU, with plain attention.
+    """Prepares a causal language model with LoRA for packed batches, where that is safe: on a CPU or an NVIDIA GPU, with plain attention.
+
+    A GPU gets rows end to end and `attention`; what follows of common beginnings and of dropout is for the CPU.
 
     Returns:
         Whether batches are to be packed (`pack`); if not, they are to be padded, and the model is as it was.
@@ -43,8 +46,11 @@ def enable(model: Any) -> bool:
     windowed = getattr(settings, "sliding_window", None) and getattr(settings, "use_sliding_window", True)
     plain = kinds == {"full_attention"} and not windowed and not getattr(settings, "attn_logit_softcapping", None)
     base = model.get_base_model()
-    if model.device.type != "cpu" or not plain or not getattr(base, "_supports_attention_backend", False):
+    if model.device.type not in {"cpu", "cuda"} or not plain or not getattr(base, "_supports_attention_backend", False):
         return False
+    if model.device.type == "cuda":
+        base.set_attn_implementation(attention(torch.cuda.get_device_capability(model.device), model.dtype))
+        return True
     AttentionInterface.register(_NAME, _attention)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)  # rows are kept apart in _attention
     base.set_attn_implementation(_NAME)
@@ -53,6 +59,43 @@ def enable(model: Any) -> bool:
             if type(child) is torch.nn.Dropout and child.p > 0:
                 setattr(parent, name, CheapDropout(child.p))
     return True
+
+
+def attention(capability: tuple[int, int], dtype: torch.dtype, installed: bool | None = None) -> str:
+    """Returns the attention for packed rows on an NVIDIA GPU, by its transformers name.
+
+    Both keep rows apart by their position ids: flash attention by each row's length, where the package flash_attn is there and can
+    run; else SDPA, with a mask in blocks.
+
+    Args:
+        capability: the card's compute capability.
+        dtype: of the arithmetic.
+        installed: whether flash_attn is there; None looks.
+    """
+    if installed is None:
+        installed = importlib.util.find_spec("flash_attn") is not None
+    fits = capability >= (8, 0) and dtype in {torch.bfloat16, torch.float16}
+    return "flash_attention_2" if installed and fits else "sdpa"
+
+
+def pack_apart(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """Lays rows out end to end, each whole; transformers keeps them apart by `position_ids`, which begin anew with each.
+
+    Returns:
+        As `pack`, without `segments`.
+    """
+    ids = [row["input_ids"] for row in rows]
+    return {
+        "input_ids": torch.tensor([[token for row in ids for token in row]]),
+        "position_ids": torch.tensor([[place for row in ids for place in range(len(row))]]),
+        "shift_labels": torch.tensor([[label for row in rows for label in (*row["labels"][1:], IGNORED)]]),
+        "attention_mask": _lengths_mask(ids),
+    }
+
+
+def _lengths_mask(ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    longest = max(map(len, ids))
+    return torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
 
 
 def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
@@ -77,13 +120,12 @@ def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         tokens += row["input_ids"][prefix:]
         positions += range(prefix, len(row["input_ids"]))
         labels += [*row["labels"][prefix + 1 :], IGNORED]
-    longest = max(map(len, ids))
     return {
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.tensor([positions]),
         "shift_labels": torch.tensor([labels]),
         "segments": torch.tensor([prefix, *(len(row) - prefix for row in ids)]),
-        "attention_mask": torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids]),
+        "attention_mask": _lengths_mask(ids),
     }
 
 

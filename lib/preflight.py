@@ -8,12 +8,11 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from lib import chat, config, files, upstream
+from lib import chat, config, files, gpu, upstream, vllm_backend
 from lib.config import EMBEDDED_MODEL, Parameters
 from lib.files import shown
 
@@ -32,6 +31,8 @@ def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
         found += _data(p)
     if {"02_train", "03_generate"} & set(stages):
         found += _model(p) + _adapter(p)
+    if "03_generate" in stages and p.generate_backend == "vllm":
+        found += vllm_backend.problems(p)
     if "04_judge" in stages:
         found += [line for own in config.each_judge(p) for line in _judge(own)]
     return found + _published(p, stages) + _disk(p)
@@ -71,9 +72,11 @@ def _model(p: Parameters) -> list[str]:
         return []
     folder = files.resolve(p.model_name)
     if folder.is_dir():
-        return [] if (folder / "config.json").is_file() else [f"model_name: {shown(folder)} holds no config.json."]
+        if not (folder / "config.json").is_file():
+            return [f"model_name: {shown(folder)} holds no config.json."]
+        return _memory(p, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     size, problem = _hub(p.model_name, p.model_revision)
-    return [problem] if problem else _room(p, size)
+    return [problem] if problem else _disk_of(p, size) + _memory(p, size)
 
 
 @functools.cache
@@ -106,24 +109,31 @@ def _hub(name: str, revision: str | None) -> tuple[int, str]:
     return sum(s.size or 0 for s in info.siblings or () if s.rfilename.endswith(".safetensors")), ""
 
 
-def _room(p: Parameters, weights: int) -> list[str]:
-    """Compares a Hub model with disk and memory. `weights`: bytes of its safetensors, two a parameter."""
-    found = []
+def _disk_of(p: Parameters, weights: int) -> list[str]:
+    """Compares a Hub model that is not in the local cache with the disk. `weights`: bytes of its safetensors."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE)
     free = _free(cache)
-    if free < weights and not any(cache.glob(f"models--{p.model_name.replace('/', '--')}/snapshots/*/*.safetensors")):
-        found.append(f"disk: {p.model_name} is {_gb(weights)}, and {_gb(free)} are free in {cache}; set HF_HOME to a larger disk.")
+    if free >= weights or any(cache.glob(f"models--{p.model_name.replace('/', '--')}/snapshots/*/*.safetensors")):
+        return []
+    return [f"disk: {p.model_name} is {_gb(weights)}, and {_gb(free)} are free in {cache}; set HF_HOME to a larger disk."]
+
+
+def _memory(p: Parameters, weights: int) -> list[str]:
+    """Compares a model with the memory there is. `weights`: bytes of its safetensors, two a parameter.
+
+    It looks at the weights alone; 02_train's estimate, which needs torch, counts the rest before any weight is loaded.
+    """
     # NF4 packs a parameter of two bytes into about half a byte; gradients, activations and the CUDA context come on top.
-    need = int(weights * (0.3 if p.use_4bit else 1.0)) + 3 * 1024**3
+    need = int(weights * (0.3 if p.use_4bit else 1.0)) + min(weights, 3 * 1024**3)
     gpu = 0 if p.device == "cpu" else _gpu_bytes()
     have, where = (gpu, "GPU memory") if gpu else (_memory_bytes(), "memory")
     if need > have:
-        found.append(f"memory: {p.model_name} needs about {_gb(need)}; there are {_gb(have)} of {where}; choose another model or machine.")
-    elif not gpu and p.device != "mps" and weights > 2 * 1024**3:
+        return [f"memory: {p.model_name} needs about {_gb(need)}; there are {_gb(have)} of {where}; choose another model or machine."]
+    if not gpu and p.device != "mps" and weights > 2 * 1024**3:
         print(f"{p.pair}: no NVIDIA GPU was found; training {p.model_name} on the CPU takes days.", flush=True)
-    return found
+    return []
 
 
 def _judge(p: Parameters) -> list[str]:
@@ -162,13 +172,8 @@ def _memory_bytes() -> int:
 
 
 def _gpu_bytes() -> int:
-    """Returns the memory of the largest NVIDIA GPU, 0 where none is found."""
-    program = shutil.which("nvidia-smi")
-    if not program:
-        return 0
-    done = subprocess.run([program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"], capture_output=True, text=True)
-    sizes = [int(word) for word in done.stdout.split() if word.isdigit()]
-    return max(sizes, default=0) * 1024**2
+    """Returns the memory of the largest NVIDIA GPU that may be used, 0 where there is none."""
+    return max((card.memory for card in gpu.cards()), default=0)
 
 
 def _gb(size: int) -> str:

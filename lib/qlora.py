@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lib import adapters, config, files, models, origin, parallel, states
+from lib import adapters, config, files, memory, models, origin, parallel, states
 from lib.config import Parameters
 from lib.files import StudyError
 
@@ -173,12 +173,15 @@ def _train(run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint
     tokenizer = models.load_tokenizer(p)
     encoded = encode(tokenizer, rows, p)
     schedule = plan(p, len(rows))
+    own = p
+    if p.gradient_checkpointing == "auto":
+        own = memory.settle(p, memory.shape(memory.read_config(p), p), encoded.rows, memory.free(p)[0])
     base = models.load_base(p)
     set_seed(p.seed)
     model = adapters.add_lora(base, p)
     state, manifest = states.last(run, schedule.checkpoints)
     batch, accumulated = parallel.split(p, parallel.processes())
-    job = Job(run, p, schedule.steps_per_epoch, schedule.checkpoints, manifest, batch, accumulated)
+    job = Job(run, own, schedule.steps_per_epoch, schedule.checkpoints, manifest, batch, accumulated)
     trainer = StudyTrainer(job, model, encoded.rows, int(tokenizer.pad_token_id), progress=progress)
     loaded = time.monotonic()
     if state is not None:
@@ -214,6 +217,8 @@ def _train(run: Path, p: Parameters, rows: Sequence[dict[str, Any]], fingerprint
         "final_loss": float(log["loss"].iloc[-1]),
         "trainable_parameters": sum(weight.numel() for weight in model.parameters() if weight.requires_grad),
         "nf4_unpacked": identity["quantisation"] != "none" and models.unpacked_bytes(base) == 0,
+        "gradient_checkpointing": own.gradient_checkpointing,
+        "attention": base.config._attn_implementation,
         "resumed_at": manifest["resumed_at"],
         "seconds": {"load": round(loaded - clock, 2), "train": round(seconds, 2)},
         "tokens_per_second": round(tokens / seconds, 1),

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +22,14 @@ import torch
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lib import adapters, files, models, packing, parallel, states
+from lib import adapters, files, memory, models, packing, parallel, states
 from lib.config import Parameters
 from lib.files import StudyError
 from lib.packing import IGNORED
 from lib.progress import LossView
+
+_AFTERWARDS: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+"""Output layers of models that were seen to scale or cap their logits afterwards."""
 
 LOG_COLUMNS = ["step", "epoch", "loss", "learning_rate", "grad_norm", "tokens"]
 
@@ -76,27 +81,70 @@ def labelled_loss(
 
     Args:
         model: a causal language model, in whatever PEFT or Accelerate put around it.
-        inputs: what `pad` or `packing.pack` returns.
+        inputs: what `pad`, `packing.pack` or `packing.pack_apart` returns.
         head: the model's output layer.
         n_items: labelled tokens in the whole accumulated batch, by which the sum is divided; None takes those in `inputs`.
     """
     labels = inputs["shift_labels"]
     speaks = labels != IGNORED
     given: dict[str, Any] = {"input_ids": inputs["input_ids"], "use_cache": False}
-    if "segments" in inputs:
-        given |= {"position_ids": inputs["position_ids"], "segments": packing.segments_of(inputs["segments"])}
+    if "position_ids" in inputs:
+        given["position_ids"] = inputs["position_ids"]
     else:
         given["attention_mask"] = inputs["attention_mask"]
-    hook = head.register_forward_pre_hook(lambda _, args: (args[0][speaks], *args[1:]))
+    if "segments" in inputs:
+        given["segments"] = packing.segments_of(inputs["segments"])
+    wanted = labels[speaks]
+    total = None
+    vocabulary = len(next(head.parameters()))
+    if wanted.numel() * vocabulary > memory.WHOLE_LOGITS:
+        total = _loss_in_pieces(model, given, head, speaks, wanted, max(1, memory.PIECE_LOGITS // vocabulary))
+    if total is None:
+        hook = head.register_forward_pre_hook(lambda _, args: (args[0][speaks], *args[1:]))
+        try:
+            logits = model(**given).logits
+        finally:
+            hook.remove()
+        total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
+    # A batch whose answers were all cut off has no labelled token: its loss is 0, not 0 / 0.
+    count = torch.as_tensor(wanted.numel() if n_items is None else n_items, device=total.device)
+    return total / count.clamp(min=1)
+
+
+def _loss_in_pieces(
+    model: torch.nn.Module, given: dict[str, Any], head: Any, speaks: torch.Tensor, wanted: torch.Tensor, size: int
+) -> torch.Tensor | None:
+    """Returns the summed cross-entropy with the logits of `size` tokens at a time, which the backward pass computes again.
+
+    The model's forward pass takes the logits of one token alone, to see whether they are what its output layer gives. Where they are
+    scaled or capped afterwards, None is returned.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    if head in _AFTERWARDS:
+        return None
+    caught: list[torch.Tensor] = []
+
+    def catch(_: Any, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        caught.append(args[0][speaks])
+        return (caught[0][:1], *args[1:])
+
+    hook = head.register_forward_pre_hook(catch)
     try:
         logits = model(**given).logits
     finally:
         hook.remove()
-    wanted = labels[speaks]
-    total = torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="sum")
-    # A batch whose answers were all cut off has no labelled token: its loss is 0, not 0 / 0.
-    count = torch.as_tensor(wanted.numel() if n_items is None else n_items, device=total.device)
-    return total / count.clamp(min=1)
+    (states,) = caught
+    with torch.no_grad():
+        if not torch.equal(logits.float(), head(states[:1]).float()):
+            _AFTERWARDS.add(head)
+            return None
+
+    def loss(some: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(head(some).float(), labels, reduction="sum")
+
+    pieces = zip(torch.split(states, size), torch.split(wanted, size), strict=True)
+    return torch.stack([checkpoint(loss, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]).sum()
 
 
 class EpochSampler(Sampler[int]):
@@ -125,12 +173,14 @@ class StudyTrainer(Trainer):
     def __init__(self, job: Job, model: Any, rows: Sequence[dict[str, list[int]]], pad_id: int, *, progress: bool) -> None:
         self.job = job
         p = job.parameters
-        if p.gradient_checkpointing:
+        if p.gradient_checkpointing is True:
             model.enable_input_require_grads()
-        packs = packing.enable(model)
+        lay_out: Callable[[Sequence[dict[str, list[int]]]], dict[str, torch.Tensor]] = partial(pad, pad_id=pad_id)
+        if packing.enable(model):
+            lay_out = packing.pack if model.device.type == "cpu" else packing.pack_apart
 
         def collate(batch: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-            made = packing.pack(batch) if packs else pad(batch, pad_id)
+            made = lay_out(batch)
             # Trainer counts the labelled tokens of an accumulated batch in shift_labels, but only where it finds labels too.
             return made | {"labels": made["shift_labels"]}
 
@@ -254,7 +304,7 @@ def _arguments(job: Job, model: Any) -> TrainingArguments:
         bf16=dtype == torch.bfloat16,
         fp16=dtype == torch.float16,
         use_cpu=device.type == "cpu",
-        activation_checkpointing=p.gradient_checkpointing,
+        activation_checkpointing=p.gradient_checkpointing is True,
         activation_checkpointing_kwargs={"use_reentrant": False},
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would write the mean of earlier losses in place of a loss that is no number

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 
-from lib import config, decode, files, generate, models
+from lib import config, decode, files, generate, models, sampling
 from lib.config import Parameters
 from lib.data import Question
 from lib.files import StudyError
@@ -246,6 +246,39 @@ def test_answers_do_not_depend_on_the_batch(parameters: Parameters, folders: dic
         assert same >= len(rows) - (temperature > 0)
     back = _answers(sampler, rows[::-1], 5)[::-1]
     assert sum(a == b for a, b in zip(alone, back, strict=True)) >= len(rows) - (temperature > 0)
+
+
+def test_greedy_rows_go_on_as_they_were_when_others_leave(parameters: Parameters, folders: dict[int, Path]) -> None:
+    sampler = generate.Sampler(parameters, folders)
+    sampler.sampling = decode.Sampling(0.0, 1.0, 12, frozenset(range(0, 400, 9)))
+    rows = _rows(samples=1)
+    together = sampler.answer(rows)
+    assert len({answer["n_tokens"] for answer in together}) > 3
+    assert together == _answers(sampler, rows, 1)
+
+
+def test_a_common_beginning_read_once_changes_no_logits(
+    parameters: Parameters, folders: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = generate.Sampler(parameters, folders)
+    rows = [row for row in _rows(samples=1) if row.question.system is None]
+    prompts = sampling.prompts(sampler.tokenizer, rows, parameters, None)
+    assert decode._common_prefix([tuple(prompt) for prompt in prompts]) >= decode._SHORTEST_PREFIX
+    found = []
+    with torch.inference_mode():
+        for shortest in (decode._SHORTEST_PREFIX, 10**6):
+            monkeypatch.setattr(decode, "_SHORTEST_PREFIX", shortest)
+            found.append(decode._prefill(sampler.model, sampler.adapters, prompts, [row.step for row in rows])[2])
+    assert torch.allclose(found[0], found[1], atol=1e-3)
+    assert (found[0].argmax(-1) == found[1].argmax(-1)).all()
+
+
+def test_greedy_answers_of_unpacked_weights_are_those_of_nf4(parameters: Parameters, folders: dict[int, Path]) -> None:
+    answers = []
+    for unpacked in (True, False):
+        told = {"use_4bit": True, "cache_dequantized": unpacked, "temperature": 0.0}
+        answers.append(generate.Sampler(parameters.model_copy(update=told), folders).answer(_rows(samples=1)))
+    assert answers[0] == answers[1]
 
 
 def test_finished_rows_leave_and_the_others_go_on(parameters: Parameters) -> None:

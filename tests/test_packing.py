@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def test_padded_and_packed_batches_have_the_plain_loss(tiny_llama: Path, tmp_pat
                 weight.normal_(std=0.1)
     encoded = qlora.encode(tokenizer, rows(6), p).rows
     padded, packed = trainer.pad(encoded, tokenizer.pad_token_id), packing.pack(encoded)
+    apart = packing.pack_apart(encoded)  # as on a GPU: transformers' SDPA with a block mask, made from the position ids
     labels = torch.full_like(padded["shift_labels"], -100)
     labels[:, 1:] = padded["shift_labels"][:, :-1]
     head = model.get_output_embeddings()
@@ -41,7 +43,7 @@ def test_padded_and_packed_batches_have_the_plain_loss(tiny_llama: Path, tmp_pat
         model, model(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"], labels=labels).loss
     )
     assert plain_gradient.abs().max() > 1e-3
-    for batch in (padded, packed):
+    for batch in (padded, apart, packed):
         if batch is packed:
             assert packing.enable(model)
         ours, gradient = loss_and_gradient(model, trainer.labelled_loss(model, batch, head))
@@ -51,6 +53,67 @@ def test_padded_and_packed_batches_have_the_plain_loss(tiny_llama: Path, tmp_pat
     shared = next(i for i, column in enumerate(zip(*(row["input_ids"] for row in encoded), strict=False)) if len(set(column)) > 1)
     assert packed["segments"][0] == (0 if loss_on == "all" else shared)  # the system turn, up to where questions differ
     assert packed["input_ids"].numel() == packed["segments"].sum() < padded["input_ids"].numel()
+
+
+def test_attention_on_a_gpu_is_what_the_card_and_the_packages_allow() -> None:
+    """Flash attention itself runs on no CPU; that its name is chosen only where it can run is all that is tested of it."""
+    import torch
+
+    from lib import packing
+
+    assert packing.attention((8, 0), torch.bfloat16, installed=True) == "flash_attention_2"
+    assert packing.attention((8, 9), torch.bfloat16, installed=False) == "sdpa"
+    assert packing.attention((7, 5), torch.float16, installed=True) == "sdpa"
+    assert packing.attention((9, 0), torch.float32, installed=True) == "sdpa"
+    there = importlib.util.find_spec("flash_attn") is not None
+    assert (packing.attention((9, 0), torch.bfloat16) == "flash_attention_2") == there
+
+
+@pytest.mark.parametrize("loss_on", ["answer", "all"])
+@pytest.mark.parametrize("n_items", [None, 1000])
+def test_a_loss_in_pieces_is_the_plain_one(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss_on: str, n_items: int | None
+) -> None:
+    import torch
+
+    from lib import memory, trainer
+
+    p = parameters(tiny_llama, tmp_path, loss_on=loss_on, lora_dropout=0.0)
+    tokenizer, model = models.load_tokenizer(p), adapters.add_lora(models.load_base(p), p)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "lora_B" in name:
+                weight.normal_(std=0.1)
+    head = model.get_output_embeddings()
+    batch = trainer.pad(qlora.encode(tokenizer, rows(6), p).rows, tokenizer.pad_token_id)
+    seen: list[int] = []
+    head.register_forward_hook(lambda _layer, inputs, _output: seen.append(len(inputs[0])))
+    plain, gradient = loss_and_gradient(model, trainer.labelled_loss(model, batch, head, n_items))
+    whole = max(seen)
+    monkeypatch.setattr(memory, "WHOLE_LOGITS", 0)
+    monkeypatch.setattr(memory, "PIECE_LOGITS", 7 * len(tokenizer))
+    seen.clear()
+    pieces, ours = loss_and_gradient(model, trainer.labelled_loss(model, batch, head, n_items))
+    assert max(seen) == 7 < whole
+    assert pieces == pytest.approx(plain, abs=1e-4)
+    assert torch.allclose(ours, gradient, atol=1e-6)
+
+
+def test_logits_that_a_model_caps_are_never_taken_from_its_output_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 2 caps its logits after the output layer: pieces would leave the cap out."""
+    import torch
+    from tiny_models import make_gemma
+    from transformers import AutoModelForCausalLM
+
+    from lib import memory, trainer
+
+    model = AutoModelForCausalLM.from_pretrained(make_gemma(tmp_path / "gemma"))
+    batch = trainer.pad([{"input_ids": [2, 5, 7, n], "labels": [-100, -100, 7, n]} for n in (8, 9)], 0)
+    with torch.no_grad():
+        plain = trainer.labelled_loss(model, batch, model.get_output_embeddings()).item()
+        monkeypatch.setattr(memory, "WHOLE_LOGITS", 0)
+        for _ in range(2):
+            assert trainer.labelled_loss(model, batch, model.get_output_embeddings()).item() == plain
 
 
 def test_packing_keeps_to_models_with_plain_attention(tiny_llama: Path, tmp_path: Path) -> None:

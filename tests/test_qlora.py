@@ -13,7 +13,7 @@ import pytest
 from conftest import make_tiny_llama
 from tiny_runs import adapters_of, parameters, rows, train_undisturbed
 
-from lib import adapters, config, files, models, origin, parallel, qlora, states
+from lib import adapters, config, files, memory, models, origin, parallel, qlora, states
 from lib.config import Parameters
 from lib.files import StudyError
 
@@ -218,6 +218,38 @@ def test_other_settings_train_too(tiny_llama: Path, tmp_path: Path, changes: dic
     assert record["nf4_unpacked"] == (p.use_4bit and p.cache_dequantized == "auto")
     settings = files.read_json(config.run_dir(p) / "checkpoints" / "checkpoint-7" / adapters.SETTINGS)
     assert settings["use_rslora"] == p.use_rslora
+
+
+def test_packed_padded_and_unpacked_trainings_have_the_same_losses(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows as one sequence, rows end to end as on a GPU, padded rows, and NF4 unpacked at every product: 14 steps, no dropout."""
+    from lib import packing
+
+    enable, pack, logs = packing.enable, packing.pack, []
+    plain = {"enable": lambda _: False}
+    for changes in ({}, {"enable": lambda _: True, "pack": packing.pack_apart}, plain, {**plain, "cache_dequantized": False}):
+        monkeypatch.setattr(packing, "enable", changes.get("enable", enable))
+        monkeypatch.setattr(packing, "pack", changes.get("pack", pack))
+        told = {"lora_dropout": 0.0, "cache_dequantized": changes.get("cache_dequantized", True)}
+        p = parameters(tiny_llama, tmp_path / str(len(logs)), **told)
+        qlora.train(p, rows(60), progress=False)
+        logs.append(files.read_csv(config.run_dir(p) / "training_log.csv"))
+    for log in logs[1:]:
+        assert log["loss"].tolist() == pytest.approx(logs[0]["loss"].tolist(), abs=1e-4)
+        assert log["tokens"].tolist() == logs[0]["tokens"].tolist()
+    assert logs[0]["loss"].iloc[-1] < logs[0]["loss"].iloc[0] - 0.01
+
+
+@pytest.mark.parametrize("tight", [True, False])
+def test_checkpointing_by_need_leaves_the_adapters_as_they_are(
+    tiny_llama: Path, tmp_path: Path, trained: tuple[Parameters, Path], monkeypatch: pytest.MonkeyPatch, tight: bool
+) -> None:
+    monkeypatch.setattr(memory, "free", lambda _: (1 if tight else 2**50, "cpu"))
+    p = parameters(tiny_llama, tmp_path, save_state_every=3, gradient_checkpointing="auto")
+    record = qlora.train(p, rows(60), progress=False)
+    assert record["gradient_checkpointing"] is tight
+    assert adapters_of(config.run_dir(p)) == adapters_of(trained[1])
 
 
 # --- what is kept

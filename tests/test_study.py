@@ -484,6 +484,17 @@ def test_preflight_asks_the_hub(tmp_path: Path) -> None:
     assert "org/absent is not on the Hub" in absent
 
 
+def test_preflight_weighs_a_model_in_a_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with (tmp_path / "model.safetensors").open("wb") as stream:
+        stream.truncate(10**13)  # ten terabytes, none of them written
+    p = config.load_pair("demo_medical", overrides={"model_name": str(tmp_path)})
+    (found,) = preflight.problems(p, ["02_train"])
+    assert found.startswith(f"memory: {tmp_path} needs about")
+    (tmp_path / "model.safetensors").unlink()
+    assert preflight.problems(p, ["02_train"]) == []
+
+
 def test_demo_passes_preflight_without_network() -> None:
     for pair in config.DEMO:
         assert preflight.problems(config.load_pair(pair), STAGES) == []
