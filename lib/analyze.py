@@ -227,12 +227,9 @@ def changes(answers: pd.DataFrame, confidence: float = 0.95, by_question: pd.Dat
 
 
 def against_control(
-    answers: pd.DataFrame,
-    pairs: Mapping[str, str] | None = None,
-    confidence: float = 0.95,
-    by_question: pd.DataFrame | None = None,
+    answers: pd.DataFrame, pairs: Mapping[str, str] | None = None, confidence: float = 0.95, by_question: pd.DataFrame | None = None,
     mix: bool = False,
-) -> pd.DataFrame:
+) -> pd.DataFrame:  # fmt: skip
     """Compares each pair's last step with its control's last step, paired by question; same seed where the control has it.
 
     Args:
@@ -269,15 +266,7 @@ def against_control(
     if not mix:
         merged.loc[other, "rate_reference"] = np.nan
     found = _paired(merged, merged.loc[known, _ARM], confidence)
-    arms = merged[known].groupby(_ARM, sort=False)
-    shared = (arms["rate_reference"].count() > 0).to_dict()
-    untold = (arms["rate"].count() == 0).to_dict()  # no rate on our own side: the judge cannot tell, or scored none
-    named = {arm: instruments.label(pd.concat([g["instrument"], g["instrument_reference"]])) for arm, g in arms}
-    own_arms = list(found[_ARM].itertuples(index=False, name=None))
-    apart = [not shared[arm] and not untold[arm] for arm in own_arms]
-    found["interval_method"] = found["interval_method"].where(~np.array(apart, dtype=bool), instruments.NOT_COMPARED)
-    ours = [named[arm] if mix else named[arm].removeprefix(instruments.MIXED).split(" + ")[0] for arm in own_arms]
-    return found.assign(control=found["pair"].map(pairs), instrument=ours)
+    return instruments.said(found.assign(control=found["pair"].map(pairs)), merged[known], _ARM, mix)
 
 
 def _paired(merged: pd.DataFrame, known: pd.DataFrame, confidence: float) -> pd.DataFrame:

@@ -7,7 +7,7 @@ each other and are neither pooled nor compared, unless `study analyze --mix` ask
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import pandas as pd
 
@@ -95,6 +95,33 @@ def parts(table: pd.DataFrame, mix: bool = False, *, questions: bool = False) ->
         return
     for name, part in table.groupby(key, sort=False):
         yield str(name), part
+
+
+def said(found: pd.DataFrame, merged: pd.DataFrame, arm: list[str], mix: bool = False) -> pd.DataFrame:
+    """Writes into comparisons which instrument measured them, or that none measured both sides.
+
+    Args:
+        found: a row an arm, with interval_method.
+        merged: the questions behind them: rate, rate_reference, instrument, instrument_reference and the columns of `arm`.
+        arm: columns that name an arm.
+        mix: whether sides of different instruments were compared.
+
+    Returns:
+        `found` with `instrument`; interval_method is `NOT_COMPARED` where no question of ours has a reference.
+    """
+    arms = merged.groupby(arm, sort=False)
+    shared, scored = (arms[name].count().to_dict() for name in ("rate_reference", "rate"))
+    named = {key: label(pd.concat([own["instrument"], own["instrument_reference"]])) for key, own in arms}
+    keys = list(found[arm].itertuples(index=False, name=None))
+    # Without a rate on our side the judge cannot tell the metric, or scored no answer: that reason stays.
+    apart = pd.Series([scored[key] > 0 and shared[key] == 0 for key in keys], index=found.index, dtype=bool)
+    ours = [named[key] if mix else named[key].removeprefix(MIXED).split(" + ")[0] for key in keys]
+    return found.assign(interval_method=found["interval_method"].mask(apart, NOT_COMPARED), instrument=ours)
+
+
+def is_mixed(row: Mapping[str, object]) -> bool:
+    """Says whether a row pools or compares several instruments."""
+    return str(row.get("instrument", "")).startswith(MIXED)
 
 
 def label(key: pd.Series[str]) -> str:
