@@ -259,12 +259,13 @@ def against_control(
     keys = ["control", "control_seed", "question_set", "judge", "metric", "question_id"]
     reference = last.rename(columns={"pair": "control", "seed": "control_seed"})
     measured = reference[[*keys[:-1], "instrument"]].drop_duplicates(keys[:-1])
-    merged = paired.assign(control_seed=own).merge(reference[[*keys, "rate"]], on=keys, how="left", suffixes=("", "_reference"))
+    merged = paired.assign(control_seed=own).merge(
+        reference[[*keys, "rate"]], on=keys, how="left", suffixes=("", "_reference"), indicator="found"
+    )
     merged = merged.merge(measured, on=keys[:-1], how="left", suffixes=("", "_reference"))
     known = merged["instrument_reference"].notna()
-    other = known & (merged["instrument"] != merged["instrument_reference"])
-    if not mix:
-        merged.loc[other, "rate_reference"] = np.nan
+    merged["matched"] = (merged["found"] == "both") & (mix | (merged["instrument"] == merged["instrument_reference"]))
+    merged["rate_reference"] = merged["rate_reference"].where(merged["matched"])
     found = _paired(merged, merged.loc[known, _ARM], confidence)
     return instruments.said(found.assign(control=found["pair"].map(pairs)), merged[known], _ARM, mix)
 
@@ -403,7 +404,8 @@ def analyze_study(
         files.write_text(folder / "EXPERIMENT_SUMMARY.md", summary.experiment(tables, inference.plan(), confidence))
         files.write_text(folder / "TRAINING_DETAILS.md", summary.training(details))
         if figures is not None:
-            figures(folder, answers, tables["rates"], tables["changes"], read_published(published))
+            told, drawn = (instruments.taken_as_one(table) if mix else table for table in (answers, tables["rates"]))
+            figures(folder, told, drawn, tables["changes"], read_published(published))
     return tables
 
 

@@ -102,7 +102,8 @@ def said(found: pd.DataFrame, merged: pd.DataFrame, arm: list[str], mix: bool = 
 
     Args:
         found: a row an arm, with interval_method.
-        merged: the questions behind them: rate, rate_reference, instrument, instrument_reference and the columns of `arm`.
+        merged: the questions behind them: rate, matched (the reference was asked the same, by the same instrument or with `mix`),
+            instrument, instrument_reference and the columns of `arm`.
         arm: columns that name an arm.
         mix: whether sides of different instruments were compared.
 
@@ -110,13 +111,47 @@ def said(found: pd.DataFrame, merged: pd.DataFrame, arm: list[str], mix: bool = 
         `found` with `instrument`; interval_method is `NOT_COMPARED` where no question of ours has a reference.
     """
     arms = merged.groupby(arm, sort=False)
-    shared, scored = (arms[name].count().to_dict() for name in ("rate_reference", "rate"))
+    shared, scored = arms["matched"].sum().to_dict(), arms["rate"].count().to_dict()
     named = {key: label(pd.concat([own["instrument"], own["instrument_reference"]])) for key, own in arms}
     keys = list(found[arm].itertuples(index=False, name=None))
     # Without a rate on our side the judge cannot tell the metric, or scored no answer: that reason stays.
     apart = pd.Series([scored[key] > 0 and shared[key] == 0 for key in keys], index=found.index, dtype=bool)
     ours = [named[key] if mix else named[key].removeprefix(MIXED).split(" + ")[0] for key in keys]
     return found.assign(interval_method=found["interval_method"].mask(apart, NOT_COMPARED), instrument=ours)
+
+
+def taken_as_one(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns answers or rates as one instrument's, for figures under `--mix`, whose titles then say so."""
+    if table.empty or is_one(table):
+        return table
+    return table.assign(rubric_hash=MIXED, **({"question_hash": ""} if "question_hash" in table else {}))
+
+
+def mixed_note(table: pd.DataFrame) -> str:
+    """Returns what a title adds where `taken_as_one` was needed."""
+    return " (instruments mixed)" if "rubric_hash" in table and (table["rubric_hash"] == MIXED).any() else ""
+
+
+def alike(table: pd.DataFrame) -> pd.Series[str]:
+    """Returns a key for each row of a rates table: rows with the same key may be compared."""
+    asked = table["question_hash"].astype(str) if "question_hash" in table else ""
+    return names(table) + " " + asked
+
+
+def is_one(table: pd.DataFrame) -> bool:
+    """Says whether all runs in a table of answers or rates were measured alike: one rubric a judge, and the same questions of a set."""
+    if names(table).groupby(table["judge"]).nunique().max() > 1:
+        return False
+    if mixed_note(table):
+        return True
+    if "question_hash" in table:
+        return bool(table.groupby("question_set")["question_hash"].nunique().max() <= 1)
+    asked = table[["pair", "seed", "question_set", "question_id", "question"]].drop_duplicates()
+    runs = {
+        frozenset(g.itertuples(index=False, name=None))
+        for _, g in asked.groupby(["pair", "seed"])[["question_set", "question_id", "question"]]
+    }
+    return len(runs) <= 1
 
 
 def is_mixed(row: Mapping[str, object]) -> bool:

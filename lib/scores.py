@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lib import stats, theme
+from lib import instruments, stats, theme
 from lib.drawing import axis_reference, colour_of, empty, error_bars, hover, legend_below
 from lib.escape import html_text, plotly_text
 from lib.findings import EMERGENT, RELATIONS, decidable, last_steps, measure, panel_order, panel_title, panels
@@ -75,7 +75,8 @@ def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
     rows, columns, figure = _panelled(rows)
     domains = list(dict.fromkeys(rows["domain"]))
     for column, panel in enumerate(columns, 1):
-        for (domain, control), own in rows[rows["panel"] == panel].groupby(["domain", rows["pair"].map(is_control)], sort=False):
+        part = rows[rows["panel"] == panel]
+        for (domain, control, _), own in part.groupby(["domain", part["pair"].map(is_control), instruments.alike(part)], sort=False):
             own = own.sort_values("size")
             colour = colour_of(str(domain))
             figure.add_trace(
@@ -129,14 +130,16 @@ def _scaling_title(rows: pd.DataFrame, metric: str, judge: str) -> str:
     rows = rows[~rows["pair"].map(is_control).astype(bool)]
     relation = next((r for r in EMERGENT if (rows["relation"] == r).any()), "in_domain")
     rows = rows[rows["relation"] == relation]
-    lead = f"{RELATIONS[relation]}, {measure(metric, judge)}: "
+    lead = f"{RELATIONS[relation]}, {measure(metric, judge)}{instruments.mixed_note(rows)}: "
     gaps = []
-    for domain, own in rows.groupby("domain", sort=False):
+    for (domain, _), own in rows.groupby(["domain", instruments.alike(rows)], sort=False):
         ordered = own.sort_values("size")
         if own["size"].nunique() > 1:
             first, last = ordered.iloc[0], ordered.iloc[-1]
             apart = first["high"] < last["low"] or last["high"] < first["low"]
             gaps.append((bool(apart), abs(float(last["rate"] - first["rate"])), str(domain), first, last))
+    if not gaps and rows["size"].nunique() > 1:
+        return plotly_text(f"{lead}sizes {instruments.NOT_COMPARED}")
     if not gaps:
         return plotly_text(f"{lead}one size ({_size_name(rows['size'].iloc[0])}) was trained, so the effect of size was not tested")
     apart, _, domain, first, last = max(gaps, key=lambda gap: gap[:2])
@@ -223,6 +226,7 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     scored = (answers["aligned_status"] == "ok") & (answers["coherent_status"] == "ok") & (answers["judge"] == judge)
     rows = answers[scored & ~answers["pair"].map(is_control).astype(bool)]
     outside = rows["relation"] != "in_domain"
+    pooled = rows.empty or "question" not in rows or instruments.is_one(rows)
     rows = rows[outside] if outside.any() else rows
     kind = "questions outside the trained domain" if outside.any() else "in-domain questions"
     if rows.empty:
@@ -272,7 +276,12 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     shown = f"All {total:,} answers" if drawn == total else f"{drawn:,} of {total:,} answers, evenly picked,"
     subtitle = f"{shown} with both scores, moved by up to one point so that equal scores show; hover or click for the text. "
     subtitle += f"Judge: {judge}. Controls are left out."
-    return theme.titled(figure, _scatter_title(sides, kind, judge), plotly_text(subtitle, 600), height=520, gap=36)
+    title = (
+        _scatter_title(sides, kind, judge)
+        if pooled
+        else plotly_text(f"{sentence(kind)}: {total:,} answers, pairs not pooled, since questions or rubrics differ")
+    )
+    return theme.titled(figure, title, plotly_text(subtitle, 600), height=520, gap=36)
 
 
 def _answer_hover(row: dict[str, Any]) -> str:
@@ -290,7 +299,7 @@ def _scatter_title(sides: Sequence[tuple[str, pd.DataFrame]], kind: str, judge: 
         rate = interval((rows["aligned"] < COURSE).mean(), bounds.low, bounds.high)
         coherent = percent(float(rows["coherent"].ge(COHERENT).mean()))
         parts.append(f"{name.lower()} {rate} below 75{by}, {coherent} coherent (n\u00a0=\u00a0{len(rows):,})")
-    return plotly_text(f"{sentence(kind)}, all pairs together: {'; '.join(parts)}")
+    return plotly_text(f"{sentence(kind)}, all pairs together{instruments.mixed_note(sides[-1][1])}: {'; '.join(parts)}")
 
 
 def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], paper: bool | Collection[str] = True) -> go.Figure:

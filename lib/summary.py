@@ -313,7 +313,8 @@ def _seeds(pooled: pd.DataFrame) -> str:
     if several.empty:
         return "One seed a pair: the variance between training runs is not known, and nothing is pooled. `seeds: [0, 1, 2]` estimates it."
     last = several[several["step"] == several.groupby("pair")["step"].transform("max")]
-    return table(_named(last), {"pair": "pair", "questions": "question_set", "metric": "metric", "judge": "judge", "seeds": "seeds", "n": "n",
+    last = _named(last)
+    return table(last, {"pair": "pair", "questions": "question_set", "metric": "metric", "judge": "judge", "seeds": "seeds", "n": "n",
                         "rate": lambda r: "–" if pd.isna(r["rate"]) else interval(r["rate"], r["low"], r["high"]),
                         "SD between seeds": "between_seed_sd"})  # fmt: skip
 
