@@ -247,7 +247,7 @@ def against_control(
         named = answers[["pair", "control"]].dropna().drop_duplicates() if "control" in answers else answers.iloc[:0]
         pairs = {str(row["pair"]): str(row["control"]) for row in records(named)}
     table = question_rates(answers, mix) if by_question is None else by_question
-    table = table.assign(instrument=instruments.of(table))
+    table = table.assign(instrument=instruments.of(table), question_hash=table.get("question_hash", ""))
     last = table[(table["step"] == table.groupby(["pair", "seed"])["step"].transform("max")) & (table["step"] > 0)]
     paired = last.assign(control=last["pair"].map(pairs).astype(object))
     seeds = {control: sorted(group["seed"].unique()) for control, group in last.groupby("pair")}
@@ -258,7 +258,7 @@ def against_control(
     own = [seed if seed in seeds[control] else seeds[control][0] for control, seed in zip(paired["control"], paired["seed"], strict=True)]
     keys = ["control", "control_seed", "question_set", "judge", "metric", "question_id"]
     reference = last.rename(columns={"pair": "control", "seed": "control_seed"})
-    measured = reference[[*keys[:-1], "instrument"]].drop_duplicates(keys[:-1])
+    measured = reference[[*keys[:-1], "instrument", "question_hash"]].drop_duplicates(keys[:-1])
     merged = paired.assign(control_seed=own).merge(
         reference[[*keys, "rate"]], on=keys, how="left", suffixes=("", "_reference"), indicator="found"
     )

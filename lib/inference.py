@@ -269,9 +269,7 @@ def pooled(rates: pd.DataFrame, confidence: float = 0.95, mix: bool = False) -> 
     columns += ["interval_method", "instrument"]
     rows = []
     ordered = rates.sort_values("seed", kind="stable").reset_index(drop=True)
-    measured = instruments.of(ordered)
-    alike = [] if mix else ["measured", *({"question_hash"} & set(ordered.columns))]
-    ordered = ordered.assign(measured=measured)
+    alike = [] if mix else [name for name in ("instrument", "question_hash") if name in ordered]
     seed, question, rate = (ordered[name].to_numpy() for name in ("seed", "question_id", "rate"))
     n, k = ordered["n"].to_numpy(), ordered["k"].to_numpy()
     for key, at in groups(ordered, [*keys, *alike]):
@@ -285,16 +283,13 @@ def pooled(rates: pd.DataFrame, confidence: float = 0.95, mix: bool = False) -> 
         )
         found = {"rate": mean, "low": low, "high": high, "between_seed_sd": between, "n_questions": used}
         counted = {"n_seeds": len(seeds), "seeds": " ".join(map(str, seeds)), "n": int(n[at].sum()), "k": int(k[at].sum())}
-        told = {"pooled_over": "seeds", "interval_method": method if used else "no rate", "instrument": _pooled_name(ordered, at)}
+        told = {
+            "pooled_over": "seeds",
+            "interval_method": method if used else "no rate",
+            "instrument": instruments.described(ordered.iloc[at]),
+        }
         rows.append(named | counted | found | told)
     return pd.DataFrame(rows, columns=columns)
-
-
-def _pooled_name(rates: pd.DataFrame, at: npt.NDArray[np.intp]) -> str:
-    own = rates.iloc[at]
-    several = "question_hash" in own and own["question_hash"].nunique() > 1
-    name = instruments.label(own["measured"])
-    return f"{instruments.MIXED}questions; {name}" if several and not name.startswith(instruments.MIXED) else name
 
 
 def _by_seed(seed: npt.NDArray[Any], question: npt.NDArray[Any], rate: npt.NDArray[Any]) -> npt.NDArray[np.float64]:

@@ -19,6 +19,10 @@ MIXED = "mixed: "
 """Begins the instrument of a row that pools or compares several (`--mix`)."""
 
 
+QUESTIONS = "questions; "
+"""Follows `MIXED` where the questions differ too."""
+
+
 def names(table: pd.DataFrame) -> pd.Series[str]:
     """Returns each row's instrument apart from its judge: the hash of its rubrics, or, where that is not known, the run alone.
 
@@ -91,7 +95,7 @@ def parts(table: pd.DataFrame, mix: bool = False, *, questions: bool = False) ->
             {sign: "" if number == 0 else f" questions {sign[:8]}" for number, sign in enumerate(dict.fromkeys(signature))}
         )
     if mix:
-        yield label(key), table
+        yield described(table), table
         return
     for name, part in table.groupby(key, sort=False):
         yield str(name), part
@@ -103,7 +107,7 @@ def said(found: pd.DataFrame, merged: pd.DataFrame, arm: list[str], mix: bool = 
     Args:
         found: a row an arm, with interval_method.
         merged: the questions behind them: rate, matched (the reference was asked the same, by the same instrument or with `mix`),
-            instrument, instrument_reference and the columns of `arm`.
+            instrument and question_hash, both with `_reference` too, and the columns of `arm`.
         arm: columns that name an arm.
         mix: whether sides of different instruments were compared.
 
@@ -112,11 +116,14 @@ def said(found: pd.DataFrame, merged: pd.DataFrame, arm: list[str], mix: bool = 
     """
     arms = merged.groupby(arm, sort=False)
     shared, scored = arms["matched"].sum().to_dict(), arms["rate"].count().to_dict()
-    named = {key: label(pd.concat([own["instrument"], own["instrument_reference"]])) for key, own in arms}
+    named = {}
+    for key, own in arms:
+        both = label(pd.concat([own["instrument"], own["instrument_reference"]]))
+        named[key] = _with_questions(both, bool((own["question_hash"] != own["question_hash_reference"]).any()))
     keys = list(found[arm].itertuples(index=False, name=None))
     # Without a rate on our side the judge cannot tell the metric, or scored no answer: that reason stays.
     apart = pd.Series([scored[key] > 0 and shared[key] == 0 for key in keys], index=found.index, dtype=bool)
-    ours = [named[key] if mix else named[key].removeprefix(MIXED).split(" + ")[0] for key in keys]
+    ours = [named[key] if mix else named[key].removeprefix(MIXED).removeprefix(QUESTIONS).split(" + ")[0] for key in keys]
     return found.assign(interval_method=found["interval_method"].mask(apart, NOT_COMPARED), instrument=ours)
 
 
@@ -157,6 +164,16 @@ def is_one(table: pd.DataFrame) -> bool:
 def is_mixed(row: Mapping[str, object]) -> bool:
     """Says whether a row pools or compares several instruments."""
     return str(row.get("instrument", "")).startswith(MIXED)
+
+
+def described(table: pd.DataFrame) -> str:
+    """Names the instrument of question rates that are taken together: rubrics, and whether the questions of a set differ."""
+    several = "question_hash" in table and table.groupby("question_set")["question_hash"].nunique().max() > 1
+    return _with_questions(label(of(table)), bool(several))
+
+
+def _with_questions(name: str, several: bool) -> str:
+    return MIXED + QUESTIONS + name.removeprefix(MIXED) if several else name
 
 
 def label(key: pd.Series[str]) -> str:
