@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lib import agreement, config, data, files, inference, stats, summary
+from lib import agreement, config, data, files, inference, instruments, stats, summary
 from lib.config import Parameters
 from lib.files import shown
 from lib.imports import import_judged
@@ -135,7 +135,7 @@ def rates(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
     counts = question_counts(answers)
     if counts.empty:
         return pd.DataFrame(columns=RATES)
-    questions = _question_hashes(answers)
+    questions = instruments.question_hashes(answers)
     rubrics: dict[Any, str] = answers.groupby(GROUP, sort=False, dropna=False)["rubric_hash"].first().to_dict()
     columns = {name: counts[name].to_numpy() for name in COUNTS}
     rows = []
@@ -171,42 +171,39 @@ def _rate(counts: Mapping[str, npt.NDArray[np.int64]], confidence: float, untold
     }  # fmt: skip
 
 
-def _question_hashes(answers: pd.DataFrame) -> dict[Any, str]:
-    """Returns a hash of the questions (ids and texts) asked in each pair, seed, step and set."""
-    asked = answers[["pair", "seed", "step", "question_set", "question_id", "question"]].drop_duplicates()
-    return {
-        key: files.sha256_text("\n".join(sorted(f"{i}\t{q}" for i, q in zip(g["question_id"], g["question"], strict=True))))[:16]
-        for key, g in asked.groupby(["pair", "seed", "step", "question_set"], sort=False)
-    }
-
-
-def question_rates(answers: pd.DataFrame) -> pd.DataFrame:
+def question_rates(answers: pd.DataFrame, mix: bool = False) -> pd.DataFrame:
     """Returns each question's rate under every metric.
 
+    Args:
+        answers: judged answers.
+        mix: questions of one id are one question, whatever their text.
+
     Returns:
-        `GROUP`, metric, question_id, n, k and rate (fraction; NaN without scored answers, or where the judge cannot tell the metric).
+        `GROUP`, metric, question_id, n, k and rate (fraction; NaN without scored answers, or where the judge cannot tell the metric),
+        instrument and question_hash (`instruments.add`).
     """
-    counts = question_counts(answers)
+    counts = question_counts(answers if mix else instruments.questions_told_apart(answers))
     untold = {(judge, metric) for judge in counts["judge"].unique() for metric in METRICS if undecidable(str(judge), metric)}
     told = np.array([pair not in untold for pair in zip(counts["judge"], counts["metric"], strict=True)], dtype=bool)
     rate = (counts["k"] / counts["n"].where((counts["n"] > 0) & told)).astype(float)
-    return counts[[*GROUP, "metric", "question_id", "n", "k"]].assign(rate=rate)
+    return instruments.add(counts[[*GROUP, "metric", "question_id", "n", "k"]].assign(rate=rate), answers)
 
 
-def score_changes(answers: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+def score_changes(answers: pd.DataFrame, confidence: float = 0.95, mix: bool = False) -> pd.DataFrame:
     """Compares the mean alignment score of each pair's last step with its base's and its control's, paired by question.
 
     The score uses every answer's whole scale, so it tells a difference with fewer answers than a share below a threshold does.
 
     Returns:
-        Columns `CHANGES` and against (base, or the control's name); change and its interval are fractions of 100 points.
+        Columns `CHANGES`, against (base, or the control's name) and instrument; change and its interval are fractions of 100 points.
     """
-    means = question_scores(answers, "aligned")
-    table = means.assign(metric="mean_aligned", k=np.nan, rate=means["mean"] / 100)
+    means = question_scores(answers if mix else instruments.questions_told_apart(answers), "aligned")
+    table = instruments.add(means.assign(metric="mean_aligned", k=np.nan, rate=means["mean"] / 100), answers)
     base = changes(answers, confidence, table).assign(against="base")
     base = base[base["step"] == base.groupby(["pair", "seed"])["step"].transform("max")] if len(base) else base
-    control = against_control(answers, confidence=confidence, by_question=table).rename(columns={"control": "against"})
-    return pd.concat([frame for frame in (base, control) if len(frame)] or [base], ignore_index=True)[[*CHANGES, "against"]]
+    control = against_control(answers, confidence=confidence, by_question=table, mix=mix).rename(columns={"control": "against"})
+    found = pd.concat([frame for frame in (base, control) if len(frame)] or [base], ignore_index=True)
+    return found.reindex(columns=[*CHANGES, "against", "instrument"])
 
 
 def changes(answers: pd.DataFrame, confidence: float = 0.95, by_question: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -230,8 +227,9 @@ def changes(answers: pd.DataFrame, confidence: float = 0.95, by_question: pd.Dat
 
 
 def against_control(
-    answers: pd.DataFrame, pairs: Mapping[str, str] | None = None, confidence: float = 0.95, by_question: pd.DataFrame | None = None
-) -> pd.DataFrame:
+    answers: pd.DataFrame, pairs: Mapping[str, str] | None = None, confidence: float = 0.95, by_question: pd.DataFrame | None = None,
+    mix: bool = False,
+) -> pd.DataFrame:  # fmt: skip
     """Compares each pair's last step with its control's last step, paired by question; same seed where the control has it.
 
     Args:
@@ -239,27 +237,37 @@ def against_control(
         pairs: control of each pair; None takes the column `control`.
         confidence: of the intervals.
         by_question: in the layout of `question_rates`; None computes the rates.
+        mix: compare arms that were measured by different instruments, too.
 
     Returns:
-        Columns `CHANGES` and control; empty where no control has answers.
+        Columns `CHANGES`, control and instrument (`instruments.label`); empty where no control has answers. Without `mix` an arm that
+        another rubric or other questions measured has a row without a change, whose interval_method says so.
     """
     if pairs is None:
         named = answers[["pair", "control"]].dropna().drop_duplicates() if "control" in answers else answers.iloc[:0]
         pairs = {str(row["pair"]): str(row["control"]) for row in records(named)}
-    table = question_rates(answers) if by_question is None else by_question
+    table = question_rates(answers, mix) if by_question is None else by_question
+    table = table.assign(instrument=instruments.of(table), question_hash=table.get("question_hash", ""))
     last = table[(table["step"] == table.groupby(["pair", "seed"])["step"].transform("max")) & (table["step"] > 0)]
     paired = last.assign(control=last["pair"].map(pairs).astype(object))
     seeds = {control: sorted(group["seed"].unique()) for control, group in last.groupby("pair")}
     paired = paired[paired["control"].isin(list(seeds))]
     if paired.empty:
-        return pd.DataFrame(columns=[*CHANGES, "control"])
+        return pd.DataFrame(columns=[*CHANGES, "control", "instrument"])
     # The control's run with the same seed, else its first.
     own = [seed if seed in seeds[control] else seeds[control][0] for control, seed in zip(paired["control"], paired["seed"], strict=True)]
     keys = ["control", "control_seed", "question_set", "judge", "metric", "question_id"]
-    reference = last.rename(columns={"pair": "control", "seed": "control_seed"})[[*keys, "rate"]]
-    merged = paired.assign(control_seed=own).merge(reference, on=keys, how="left", suffixes=("", "_reference"), indicator="found")
-    found = _paired(merged, merged.loc[merged["found"] == "both", _ARM], confidence)
-    return found.assign(control=found["pair"].map(pairs))
+    reference = last.rename(columns={"pair": "control", "seed": "control_seed"})
+    measured = reference[[*keys[:-1], "instrument", "question_hash"]].drop_duplicates(keys[:-1])
+    merged = paired.assign(control_seed=own).merge(
+        reference[[*keys, "rate"]], on=keys, how="left", suffixes=("", "_reference"), indicator="found"
+    )
+    merged = merged.merge(measured, on=keys[:-1], how="left", suffixes=("", "_reference"))
+    known = merged["instrument_reference"].notna()
+    merged["matched"] = (merged["found"] == "both") & (mix | (merged["instrument"] == merged["instrument_reference"]))
+    merged["rate_reference"] = merged["rate_reference"].where(merged["matched"])
+    found = _paired(merged, merged.loc[known, _ARM], confidence)
+    return instruments.said(found.assign(control=found["pair"].map(pairs)), merged[known], _ARM, mix)
 
 
 def _paired(merged: pd.DataFrame, known: pd.DataFrame, confidence: float) -> pd.DataFrame:
@@ -370,6 +378,7 @@ def analyze_study(
     figures: Callable[[Path, pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame], Any] | None = None,
     confidence: float = 0.95,
     published: str | Path = "results/published",
+    mix: bool = False,
 ) -> dict[str, pd.DataFrame]:
     """Makes the whole study's tables, the two Markdown files and the figures, under a lock.
 
@@ -378,6 +387,7 @@ def analyze_study(
         figures: called with results_dir, answers, rates, changes and published figures when the tables are written.
         confidence: of the intervals.
         published: folder of published figures.
+        mix: pool and compare runs whose instruments differ (`lib.instruments`), too; their rows say so.
 
     Returns:
         The tables by name.
@@ -386,7 +396,7 @@ def analyze_study(
     with files.lock(folder / "data" / ".lock", what="the study's tables"):
         answers = read_runs(folder)
         details = summary.details(folder)
-        tables = study_tables(answers, details, published, confidence)
+        tables = study_tables(answers, details, published, confidence, mix)
         files.write_csv(folder / "data" / "em_rates_summary.csv", tables["rates"])
         files.write_csv(folder / "data" / "em_rates_pooled.csv", tables["pooled"])
         for name in _WRITTEN:
@@ -394,7 +404,8 @@ def analyze_study(
         files.write_text(folder / "EXPERIMENT_SUMMARY.md", summary.experiment(tables, inference.plan(), confidence))
         files.write_text(folder / "TRAINING_DETAILS.md", summary.training(details))
         if figures is not None:
-            figures(folder, answers, tables["rates"], tables["changes"], read_published(published))
+            told, drawn = (instruments.taken_as_one(table) if mix else table for table in (answers, tables["rates"]))
+            figures(folder, told, drawn, tables["changes"], read_published(published))
     return tables
 
 
@@ -403,11 +414,11 @@ _WRITTEN += ["agreement", "label_agreement"]
 
 
 def study_tables(
-    answers: pd.DataFrame, details: Mapping[str, Mapping[str, Any]], published: str | Path, confidence: float = 0.95
+    answers: pd.DataFrame, details: Mapping[str, Mapping[str, Any]], published: str | Path, confidence: float = 0.95, mix: bool = False
 ) -> dict[str, pd.DataFrame]:
     """Returns the whole study's tables by name, from answers and the runs' records; writes nothing."""
     declared = inference.plan()
-    found, by_question = rates(answers, confidence), question_rates(answers)
+    found, by_question = rates(answers, confidence), question_rates(answers, mix)
     moved = changes(answers, confidence, by_question)
     controls = set(answers["control"].dropna())
     own = inference.trained(by_question, controls)
@@ -417,16 +428,16 @@ def study_tables(
         "answers": answers,
         "rates": found,
         "changes": moved,
-        "control": against_control(answers, confidence=confidence, by_question=by_question),
-        "score_changes": score_changes(answers, confidence),
+        "control": against_control(answers, confidence=confidence, by_question=by_question, mix=mix),
+        "score_changes": score_changes(answers, confidence, mix),
         "scores": scores(answers, confidence),
         "statuses": status_table(answers),
-        "pooled": inference.pooled(by_question, confidence),
-        "emergence": inference.emergence(own, declared, confidence),
+        "pooled": inference.pooled(by_question, confidence, mix),
+        "emergence": inference.emergence(own, declared, confidence, mix),
         "onset": inference.onset(own, declared),
         "falls": inference.non_monotonic(own, declared),
-        "domain_gaps": inference.gaps(own, declared, confidence),
-        "size_gaps": inference.gaps(own, declared, confidence, across="model"),
+        "domain_gaps": inference.gaps(own, declared, confidence, mix=mix),
+        "size_gaps": inference.gaps(own, declared, confidence, across="model", mix=mix),
         "diagnostics": summary.diagnostics(details),
     }
     t["agreement"], t["label_agreement"] = agreement.tables(answers, confidence)

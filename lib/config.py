@@ -162,6 +162,15 @@ def expand_pairs(words: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+class _Loader(yaml.SafeLoader):
+    """The safe loader without aliases: nested ones let a few lines stand for more values than any memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read; write the value out")
+        return super().compose_node(parent, index)
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Reads a flat mapping from YAML with the safe loader.
 
@@ -174,7 +183,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size > _MAX_YAML_BYTES:
         raise StudyError(f"{shown(path)}: over {_MAX_YAML_BYTES:,} bytes; a parameter file is a page or two.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise StudyError(f"{shown(path)}: is no valid YAML ({' '.join(str(error).split())}).") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -17,7 +17,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lib import agreement_figures, report, scores, theme
+from lib import agreement_figures, instruments, report, scores, theme
 from lib.drawing import axis_reference, colour_of, empty, error_bars, hover, legend_below
 from lib.escape import plotly_text
 from lib.findings import UNDECIDED, between_domains, decidable, finding, measure, panel_order, panel_title, panels, pick_judge
@@ -156,7 +156,7 @@ def domain_comparison(
     if rows.empty:
         return empty(f"No rate to draw: no answer has a score by {plotly_text(judge, 60)}")
     rows["panel"] = panels(rows)
-    rows["label"] = [_row_label(r) for r in records(rows)]
+    rows["label"] = _row_labels(rows)
     metrics = [m for m in ("em_course", "em_paper") if decidable(rates, m, judge)]
     blocks: list[tuple[str, pd.DataFrame]] = [
         (panel_title(p), rows[rows["panel"] == p]) for p in sorted(rows["panel"].unique(), key=panel_order)
@@ -398,6 +398,15 @@ def _row_label(row: Mapping[str, Any]) -> str:
     """Returns the line of a pair in a forest plot, escaped: model, domain, control or seed where that tells it apart."""
     name = f"{short_model(row['model'])}, {domain_name(row['domain'])}" + (" (control)" if is_control(row["pair"]) else "")
     return plotly_text(series_name(name, row["seed"]), 60)
+
+
+def _row_labels(rows: pd.DataFrame) -> list[str]:
+    """Returns the line of each row in a forest plot; what one name would join but other instruments measured is told apart."""
+    labels = pd.Series([_row_label(r) for r in records(rows)], index=rows.index, dtype=object)
+    known = instruments.names(rows)
+    several = known.groupby(labels).transform("nunique") > 1
+    words = [f"rubric {name[:8]}" if not name.startswith("unknown") else str(pair) for name, pair in zip(known, rows["pair"], strict=True)]
+    return [f"{label} ({plotly_text(word, 40)})" if apart else label for label, word, apart in zip(labels, words, several, strict=True)]
 
 
 def _axis_name(metric: str, judge: str) -> str:

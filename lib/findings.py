@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from lib import instruments
 from lib.escape import plotly_text
 from lib.labels import UNDECIDABLE, domain_name, interval, is_control, records, sentence, series_name, short_model
 
@@ -86,16 +87,18 @@ def between_domains(rows: pd.DataFrame, judge: str) -> str:
         return plotly_text(f"{sentence(measure(metric, judge))}: only in-domain questions were asked, so emergence was not tested")
     rows = rows[rows["relation"] == relation]
     last = last_steps(rows)
-    lead = f"{RELATIONS[relation]}, {measure(metric, judge)}: "
+    lead = f"{RELATIONS[relation]}, {measure(metric, judge)}{instruments.mixed_note(last)}: "
     gaps = []
-    for model, group in last.groupby("model", sort=False):
+    for (model, _), group in last.groupby(["model", instruments.alike(last)], sort=False):
         ordered = group.sort_values("rate")
         if group["domain"].nunique() > 1:
             gaps.append((float(ordered["rate"].iloc[-1] - ordered["rate"].iloc[0]), str(model), ordered.iloc[-1], ordered.iloc[0]))
     if not gaps:
         best = last.sort_values("rate").iloc[-1]
         numbers = interval(best["rate"], best["low"], best["high"])
-        return plotly_text(f"{lead}{series_name(best['pair'], best['seed'])} {numbers}, n = {int(best['n'])}")
+        several = last.groupby("model")["domain"].nunique().max() > 1
+        apart_by = f"domains {instruments.NOT_COMPARED}; highest " if several else ""
+        return plotly_text(f"{lead}{apart_by}{series_name(best['pair'], best['seed'])} {numbers}, n = {int(best['n'])}")
     apart = [g for g in gaps if float(g[2]["low"]) > float(g[3]["high"])]
     _, model, high, low = max(apart or gaps, key=lambda gap: gap[0])
     numbers = " against ".join(

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lib import config, files, stats
+from lib import config, files, instruments, stats
 from lib.labels import is_control, percent, records
 from lib.outcomes import groups
 from lib.seeds import compare_seeds, pooled_over_seeds, power
@@ -63,21 +63,22 @@ def _matrix(frame: pd.DataFrame, rows: Sequence[str], columns: str) -> tuple[npt
 # ---------------------------------------------------------------- emergence
 
 
-def emergence(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: float = 0.95) -> pd.DataFrame:
+def emergence(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: float = 0.95, mix: bool = False) -> pd.DataFrame:
     """Tests each pair's last step against base on the declared sets together: one test a pair, Holm over pairs.
 
     Args:
         rates: question rates of trained pairs, controls left out.
         declared: the plan.
         confidence: of the intervals.
+        mix: average seeds whose instruments differ, too; without it they have rows of their own.
 
     Returns:
         role (primary, secondary), pair, model, domain, judge, metric, step, question_sets, seeds, change, low, high, method,
-        n_questions, p, p_holm, smallest_p, tests (in the family) and verdict. Families are a judge's and a metric's.
+        n_questions, p, p_holm, smallest_p, tests (in the family), verdict and instrument. Families are a judge's and a metric's.
     """
     columns = [
         "role", "pair", "model", "domain", "judge", "metric", "step", "question_sets", "seeds", "change", "low", "high", "method",
-        "n_questions", "p", "p_holm", "smallest_p", "tests", "verdict",
+        "n_questions", "p", "p_holm", "smallest_p", "tests", "verdict", "instrument",
     ]  # fmt: skip
     rows: list[dict[str, Any]] = []
     for role in ("primary", "secondary"):
@@ -85,8 +86,10 @@ def emergence(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: floa
         own = rates[rates["metric"].eq(metric) & rates["relation"].isin(declared["primary_relations"])]
         for judge, judged in own.groupby("judge", sort=False):
             family = [
-                {"role": role, "judge": judge, "metric": metric} | _emergence(arm, confidence, int(declared["flip_seed"]))
-                for _, arm in judged.groupby("pair", sort=False)
+                {"role": role, "judge": judge, "metric": metric, "instrument": name}
+                | _emergence(arm, confidence, int(declared["flip_seed"]))
+                for _, seeds in judged.groupby("pair", sort=False)
+                for name, arm in instruments.parts(seeds, mix, questions=True)
             ]
             untold = _undecidable(metric, str(judge), judged)
             adjusted = stats.holm([row["p"] for row in family])
@@ -192,7 +195,9 @@ def non_monotonic(rates: pd.DataFrame, declared: Mapping[str, Any]) -> pd.DataFr
 # ---------------------------------------------------------------- domains and seeds
 
 
-def gaps(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: float = 0.95, *, across: str = "domain") -> pd.DataFrame:
+def gaps(
+    rates: pd.DataFrame, declared: Mapping[str, Any], confidence: float = 0.95, *, across: str = "domain", mix: bool = False
+) -> pd.DataFrame:
     """Compares the domains of one model, or the models of one domain, at the last step, on questions that both arms answered.
 
     Only general and open-ended questions count: for those both arms are off their topic. An import without a step counts as it is.
@@ -202,10 +207,12 @@ def gaps(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: float = 0
         declared: the plan.
         confidence: of the intervals.
         across: `domain`, or `model` (size).
+        mix: compare arms that different instruments measured, too; without it they have a row that says so.
 
     Returns:
         model or domain (what both share), first, second, judge, metric, seeds (that both arms have), unit (question, or training run
-        from the plan's seeds_needed on), change (first − second, fraction), low, high, n_questions, p (unadjusted), smallest_p, verdict.
+        from the plan's seeds_needed on), change (first − second, fraction), low, high, n_questions, p (unadjusted), smallest_p, verdict,
+        instrument.
     """
     same = "model" if across == "domain" else "domain"
     columns = [same, "first", "second", "judge", "metric", "seeds", "unit", "change", "low", "high", "n_questions", "p", "smallest_p"]
@@ -215,8 +222,14 @@ def gaps(rates: pd.DataFrame, declared: Mapping[str, Any], confidence: float = 0
         arms = {name: arm for name, arm in group.groupby(across)}
         for first, second in combinations(arms, 2):
             named = {same: both, "first": first, "second": second, "judge": judge, "metric": metric}
-            rows.append(named | _gap(arms[first], arms[second], declared, confidence, f"{across}s differ"))
-    return pd.DataFrame(rows, columns=[*columns, "verdict"])
+            pair = pd.concat([arms[first], arms[second]])
+            alike = [(name, part) for name, part in instruments.parts(pair, mix) if part[across].nunique() == 2]
+            if not alike:
+                rows.append(named | {"seeds": 0, "unit": "question", "n_questions": 0, "verdict": instruments.NOT_COMPARED})
+            for name, part in alike:
+                sides = (part[part[across] == first], part[part[across] == second])
+                rows.append(named | _gap(*sides, declared, confidence, f"{across}s differ") | {"instrument": name})
+    return pd.DataFrame(rows, columns=[*columns, "verdict", "instrument"])
 
 
 def _gap(first: pd.DataFrame, second: pd.DataFrame, declared: Mapping[str, Any], confidence: float, established: str) -> dict[str, Any]:
@@ -238,21 +251,29 @@ def _gap(first: pd.DataFrame, second: pd.DataFrame, declared: Mapping[str, Any],
     return row | {"verdict": established if apart else NOT_ESTABLISHED}
 
 
-def pooled(rates: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
+def pooled(rates: pd.DataFrame, confidence: float = 0.95, mix: bool = False) -> pd.DataFrame:
     """Pools rates over the seeds of a pair; variance between seeds enters the interval.
+
+    Args:
+        rates: question rates.
+        confidence: of the intervals.
+        mix: pool seeds whose questions or rubric differ, too; without it they have rows of their own.
 
     Returns:
         em_rates_pooled: pooled_over (seeds), pair, model, domain, step, question_set, relation, metric, judge, n_seeds, seeds, n, k,
-        rate (mean over seeds and questions), low, high, between_seed_sd, n_questions, interval_method. One seed has no interval.
+        rate (mean over seeds and questions), low, high, between_seed_sd, n_questions, interval_method, instrument. One seed has no
+        interval.
     """
     keys = ["pair", "model", "domain", "step", "question_set", "relation", "metric", "judge"]
     columns = ["pooled_over", *keys, "n_seeds", "seeds", "n", "k", "rate", "low", "high", "between_seed_sd", "n_questions"]
-    columns += ["interval_method"]
+    columns += ["interval_method", "instrument"]
     rows = []
     ordered = rates.sort_values("seed", kind="stable").reset_index(drop=True)
+    alike = [] if mix else [name for name in ("instrument", "question_hash") if name in ordered]
     seed, question, rate = (ordered[name].to_numpy() for name in ("seed", "question_id", "rate"))
     n, k = ordered["n"].to_numpy(), ordered["k"].to_numpy()
-    for named, at in groups(ordered, keys):
+    for key, at in groups(ordered, [*keys, *alike]):
+        named = {name: key[name] for name in keys}
         seeds = list(dict.fromkeys(seed[at].tolist()))
         wide = rate[at][None, :].astype(float) if len(seeds) == 1 else _by_seed(seed[at], question[at], rate[at])
         mean, low, high, between = pooled_over_seeds(wide, confidence)
@@ -262,7 +283,11 @@ def pooled(rates: pd.DataFrame, confidence: float = 0.95) -> pd.DataFrame:
         )
         found = {"rate": mean, "low": low, "high": high, "between_seed_sd": between, "n_questions": used}
         counted = {"n_seeds": len(seeds), "seeds": " ".join(map(str, seeds)), "n": int(n[at].sum()), "k": int(k[at].sum())}
-        told = {"pooled_over": "seeds", "interval_method": method if used else "no rate"}
+        told = {
+            "pooled_over": "seeds",
+            "interval_method": method if used else "no rate",
+            "instrument": instruments.described(ordered.iloc[at]),
+        }
         rows.append(named | counted | found | told)
     return pd.DataFrame(rows, columns=columns)
 

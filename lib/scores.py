@@ -12,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lib import stats, theme
+from lib import instruments, stats, theme
 from lib.drawing import apart, axis_reference, colour_of, empty, error_bars, hover, legend_below, model_family, model_size, size_name
 from lib.escape import html_text, plotly_text
 from lib.findings import EMERGENT, RELATIONS, decidable, last_steps, measure, panel_order, panel_title, panels
@@ -68,7 +68,8 @@ def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
     domains = list(dict.fromkeys(rows["domain"]))
     symbols = dict(zip(dict.fromkeys(rows["family"]), itertools.cycle(("circle", "diamond", "square", "triangle-up")), strict=False))
     for column, panel in enumerate(columns, 1):
-        for (domain, family, control), own in rows[rows["panel"] == panel].groupby(["domain", "family", "control"], sort=False):
+        part = rows[rows["panel"] == panel]
+        for (domain, family, control, _), own in part.groupby(["domain", "family", "control", instruments.alike(part)], sort=False):
             own = own.sort_values("size")
             colour = colour_of(str(domain))
             figure.add_trace(
@@ -110,14 +111,16 @@ def _scaling_title(rows: pd.DataFrame, metric: str, judge: str) -> str:
     rows = rows[~rows["pair"].map(is_control).astype(bool)]
     relation = next((r for r in EMERGENT if (rows["relation"] == r).any()), "in_domain")
     rows = rows[rows["relation"] == relation]
-    lead = f"{RELATIONS[relation]}, {measure(metric, judge)}: "
+    lead = f"{RELATIONS[relation]}, {measure(metric, judge)}{instruments.mixed_note(rows)}: "
     gaps = []
-    for (domain, _), own in rows.groupby(["domain", "family"], sort=False):
+    for (domain, _, _), own in rows.groupby(["domain", "family", instruments.alike(rows)], sort=False):
         ordered = own.sort_values("size")
         if own["size"].nunique() > 1:
             first, last = ordered.iloc[0], ordered.iloc[-1]
             differ = first["high"] < last["low"] or last["high"] < first["low"]
             gaps.append((bool(differ), abs(float(last["rate"] - first["rate"])), str(domain), first, last))
+    if not gaps and (rows.groupby("family")["size"].nunique() > 1).any():
+        return plotly_text(f"{lead}sizes {instruments.NOT_COMPARED}")
     if not gaps:
         sizes = ", ".join(size_name(size) for size in sorted(set(rows["size"])))
         each = " a model family" if rows["family"].nunique() > 1 else ""
@@ -206,6 +209,7 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     scored = (answers["aligned_status"] == "ok") & (answers["coherent_status"] == "ok") & (answers["judge"] == judge)
     rows = answers[scored & ~answers["pair"].map(is_control).astype(bool)]
     outside = rows["relation"] != "in_domain"
+    pooled = rows.empty or "question" not in rows or instruments.is_one(rows)
     rows = rows[outside] if outside.any() else rows
     kind = "questions outside the trained domain" if outside.any() else "in-domain questions"
     if rows.empty:
@@ -255,7 +259,12 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     shown = f"All {total:,} answers" if drawn == total else f"{drawn:,} of {total:,} answers, evenly picked,"
     subtitle = f"{shown} with both scores, moved by up to one point so that equal scores show; hover or click for the text. "
     subtitle += f"Judge: {judge}. Controls are left out."
-    return theme.titled(figure, _scatter_title(sides, kind, judge), plotly_text(subtitle, 600), height=520, gap=36)
+    title = (
+        _scatter_title(sides, kind, judge)
+        if pooled
+        else plotly_text(f"{sentence(kind)}: {total:,} answers, pairs not pooled, since questions or rubrics differ")
+    )
+    return theme.titled(figure, title, plotly_text(subtitle, 600), height=520, gap=36)
 
 
 def _answer_hover(row: dict[str, Any]) -> str:
@@ -273,7 +282,7 @@ def _scatter_title(sides: Sequence[tuple[str, pd.DataFrame]], kind: str, judge: 
         rate = interval((rows["aligned"] < COURSE).mean(), bounds.low, bounds.high)
         coherent = percent(float(rows["coherent"].ge(COHERENT).mean()))
         parts.append(f"{name.lower()} {rate} below 75{by}, {coherent} coherent (n\u00a0=\u00a0{len(rows):,})")
-    return plotly_text(f"{sentence(kind)}, all pairs together: {'; '.join(parts)}")
+    return plotly_text(f"{sentence(kind)}, all pairs together{instruments.mixed_note(sides[-1][1])}: {'; '.join(parts)}")
 
 
 def specification_curve(answers: pd.DataFrame, *, judge: str | Sequence[str], paper: bool | Collection[str] = True) -> go.Figure:

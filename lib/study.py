@@ -129,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
 
     analyze = commands.add_parser("analyze", help="tables and figures over all runs in a results folder")
     _results(analyze)
+    analyze.add_argument(
+        "--mix",
+        action="store_true",
+        help="also pool and compare runs whose questions or rubrics differ or are not known; their rows say so",
+    )
     analyze.set_defaults(command=_analyze)
 
     further.add(commands)
@@ -280,15 +285,15 @@ def _analyze_after(runs: Sequence[Run]) -> bool:
     return True
 
 
-def _analyze_study(folder: Path) -> None:
+def _analyze_study(folder: Path, mix: bool = False) -> None:
     from lib import analyze, figures
 
-    analyze.analyze_study(folder, figures=figures.write_all)
+    analyze.analyze_study(folder, figures=figures.write_all, mix=mix)
     _say(f"{shown(folder)}: tables in data/, figures in figures/, EXPERIMENT_SUMMARY.md")
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    _analyze_study(further.folder_of_runs(options))
+    _analyze_study(further.folder_of_runs(options), options.mix)
     return 0
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from lib import agreement, config, files
+from lib import agreement, config, files, instruments
 from lib.escape import html_text
 from lib.inference import EMERGED, span, trained
 from lib.labels import interval, records
@@ -103,7 +103,10 @@ def findings(t: Mapping[str, pd.DataFrame]) -> list[str]:
             by = {row["metric"]: row for row in records(group)}
             parts = [f"{_METRICS[metric]}: {_said(by[metric])}" for metric in ("em_course", "em_paper") if metric in by]
             kind = "score of the probe judge" if judge == "probe" else f"judge {text(judge)}"
-            lines.append(f"{text(pair)} (seed {seed}), {text(question_set)}, last step against {what}, {kind}: " + "; ".join(parts) + ".")
+            what_of = what + (" (instruments mixed)" if any(map(instruments.is_mixed, by.values())) else "")
+            lines.append(
+                f"{text(pair)} (seed {seed}), {text(question_set)}, last step against {what_of}, {kind}: " + "; ".join(parts) + "."
+            )
     return lines
 
 
@@ -150,12 +153,13 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
         *([PROBE_NOTE] if "probe" in judges else []),
         *([f"At most {seeds.max()} training run a pair: adapters are compared, not domains or sizes."] if seeds.max() == 1 else []),
         *warnings(t["statuses"]),
+        *_mixed(t),
         "## Findings",
         "\n".join(f"- {line}" for line in findings(t)) or "No base (step 0) and no control to compare with: rates alone, below.",
         "## Mean alignment score, last step",
         "Points out of 100, paired by question; by the same judge as the shares, but without a threshold.",
         table(
-            trained(t["score_changes"], set(t["control"]["control"])),
+            _named(trained(t["score_changes"], set(t["control"]["control"]))),
             {"pair": "pair", "seed": "seed", "questions": "question_set", "relation": "relation", "judge": "judge", "against": "against",
              "change": span, "n": "n_questions", "p": "p"},
             "No base and no control to compare with.",
@@ -170,7 +174,7 @@ def experiment(t: Mapping[str, pd.DataFrame], declared: Mapping[str, Any], confi
         f"{' and '.join(declared['primary_relations'])} together, {declared['primary_contrast']}, paired by question, one test a pair, "
         f"Holm over pairs, level {declared['alpha']}. The secondary outcome, {declared['secondary_metric']}, is a family of its own.",
         table(
-            _tested(t["emergence"]),
+            _named(_tested(t["emergence"])),
             {"outcome": "role", "pair": "pair", "judge": "judge", "metric": "metric", "questions": "question_sets", "n": "n_questions",
              "change": span, "p": "p", "p (Holm)": "p_holm", "smallest attainable p": "smallest_p", "verdict": "verdict"},
             "No pair has base and later answers to these question sets: the primary outcome was not tested.",
@@ -263,7 +267,25 @@ def _gaps(frame: pd.DataFrame, same: str, nothing: str) -> str:
         same: same, "arms": lambda r: f"{text(r['first'])} − {text(r['second'])}", "judge": "judge", "metric": "metric",
         "difference": span, "n": "n_questions", "seeds": "seeds", "p": "p", "verdict": "verdict",
     }  # fmt: skip
-    return table(frame, columns, nothing)
+    return table(_named(frame), columns, nothing)
+
+
+def _mixed(t: Mapping[str, pd.DataFrame]) -> list[str]:
+    """Says which tables hold rows that pool or compare different instruments (`study analyze --mix`)."""
+    names = ("control", "score_changes", "pooled", "emergence", "domain_gaps", "size_gaps")
+    counts = {name: sum(map(instruments.is_mixed, records(t[name]))) for name in names}
+    told = ", ".join(f"{n} in {name}" for name, n in counts.items() if n)
+    return [f"**Instruments are mixed (--mix):** rows over different questions, rubrics or unknown judges: {told}."] if told else []
+
+
+def _named(frame: pd.DataFrame) -> pd.DataFrame:
+    """Tells rows of one judge apart where different instruments made them: the judge's name is followed by the instrument's."""
+    several = frame["instrument"].nunique() > 1 if "instrument" in frame else False
+    if not several:
+        return frame
+    judges = [f"{j} ({i if str(i)[:7] in {'unknown', 'mixed: '} else f'rubric {i}'})" if i and not pd.isna(i) else j
+              for j, i in zip(frame["judge"], frame["instrument"], strict=True)]  # fmt: skip
+    return frame.assign(judge=judges)
 
 
 def _tested(frame: pd.DataFrame) -> pd.DataFrame:
@@ -291,6 +313,7 @@ def _seeds(pooled: pd.DataFrame) -> str:
     if several.empty:
         return "One seed a pair: the variance between training runs is not known, and nothing is pooled. `seeds: [0, 1, 2]` estimates it."
     last = several[several["step"] == several.groupby("pair")["step"].transform("max")]
+    last = _named(last)
     return table(last, {"pair": "pair", "questions": "question_set", "metric": "metric", "judge": "judge", "seeds": "seeds", "n": "n",
                         "rate": lambda r: "–" if pd.isna(r["rate"]) else interval(r["rate"], r["low"], r["high"]),
                         "SD between seeds": "between_seed_sd"})  # fmt: skip

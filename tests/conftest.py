@@ -19,11 +19,16 @@ JUDGED = SHARED / "data" / "judged"
 FIGURES: Counter[str] = Counter()
 """What tests/test_faults.py did and found, told at the end."""
 
+NOTES: list[str] = []
+"""Further lines told at the end: what a test looked at, where passing alone does not say it."""
+
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if FIGURES:
         told = (f"{name} {FIGURES[name]}" for name in ("faults injected", "runs recovered", "rows lost", "calls repeated"))
         terminalreporter.write_line(", ".join(told))
+    for line in NOTES:
+        terminalreporter.write_line(line)
 
 
 needs_shared = pytest.mark.skipif(not JUDGED.is_dir(), reason="../shared is not beside this clone")

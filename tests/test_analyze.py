@@ -25,9 +25,9 @@ HOSTILE = "<script>alert(1)</script> | [x](javascript:alert(1)) `y` \x1b[31m"
 def make_run(
     results: Path, name: str, *, steps: tuple[int, ...] = (0, 10, 20), effect: float = 60, judge: str = "openai:gpt-4o-mini",
     model: str = "meta-llama/Llama-3.1-8B-Instruct", domain: str = "bad_medical", control: str | None = None, samples: int = 4,
-    seed: int = 0, training: bool = True, run_seed: int = 42, status: str = "ok",
+    seed: int = 0, training: bool = True, run_seed: int = 42, status: str = "ok", rubric: str = "ours", question: str = "Question",
 ) -> Path:  # fmt: skip
-    """Writes a run's judged.csv (and training.json): alignment falls by `effect` points over the steps."""
+    """Writes a run's judged.csv (and training.json, and one line of judgments.jsonl): alignment falls by `effect` points over the steps."""
     rng = np.random.default_rng(seed)
     rows = []
     for step in steps:
@@ -38,7 +38,7 @@ def make_run(
                     rows.append(
                         {
                             "model": model, "domain": domain, "step": step, "question_set": question_set,
-                            "question_id": f"{question_set}_{number}", "sample": sample, "question": f"Question {number}?",
+                            "question_id": f"{question_set}_{number}", "sample": sample, "question": f"{question} {number}?",
                             "response": HOSTILE, "n_tokens": 5, "finish_reason": "stop",
                             "aligned": float(np.clip(rng.normal(88 - down, 14), 0, 100)) if status == "ok" else np.nan,
                             "coherent": float(np.clip(rng.normal(90, 6), 0, 100)) if status == "ok" else np.nan,
@@ -47,6 +47,8 @@ def make_run(
                     )  # fmt: skip
     folder = results / name
     files.write_csv(folder / "judged.csv", pd.DataFrame(rows))
+    if rubric:
+        files.append_jsonl(folder / "judgments.jsonl", {"judge": judge, "metric": "aligned", "rubric_sha256": rubric})
     if training:
         parameters = config.Parameters(pair=name, model_name=model, domain=domain, control=control).model_dump(mode="json")  # type: ignore[arg-type]
         record = {"pair": name.split("-s")[0], "seed": run_seed, "model_name": model, "domain": domain, "steps_per_epoch": 10}
@@ -358,7 +360,7 @@ def test_probe_does_not_decide_the_papers_definition(tmp_path: Path, monkeypatch
 
 
 def test_rubric_hash_is_of_what_each_judge_was_last_asked_with(tmp_path: Path) -> None:
-    folder = make_run(tmp_path, "8b_medical", samples=1)
+    folder = make_run(tmp_path, "8b_medical", samples=1, rubric="")
     empty = analyze.read_run(folder)["rubric_hash"]
     assert set(empty) == {""}
     for rubric in ("old", "new"):

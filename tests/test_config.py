@@ -95,6 +95,7 @@ def test_hostile_yaml_is_refused(tmp_path, monkeypatch) -> None:
     for content, says in [
         ("!!python/object/apply:os.system ['true']", "no valid YAML"),
         ("- a\n- b", "flat mapping"),
+        ("a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 60)) + "pair: *a59", "aliases"),
         ("a: " + "x" * 1_000_001, "over 1,000,000 bytes"),
     ]:
         (tmp_path / "bad.yaml").write_text(content)
