@@ -20,18 +20,19 @@ from lib.files import shown
 _RESULTS_BYTES = 2 * 1024**3  # adapters of eight steps and two training states of an 8B model at rank 16
 
 
-def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
+def problems(p: Parameters, stages: Sequence[str], *, elsewhere: bool = False) -> list[str]:
     """Returns a line for everything that would make the stages fail, each naming the parameter and the mend.
 
     Args:
         p: the parameters of one run.
         stages: the stages that are to run.
+        elsewhere: other machines run them, so this one's memory and cache say nothing.
     """
     found: list[str] = []
     if "01_data" in stages:
         found += _data(p)
     if {"02_train", "03_generate"} & set(stages):
-        found += _model(p) + _adapter(p)
+        found += _model(p, elsewhere) + _adapter(p)
     if "04_judge" in stages:
         found += [line for own in config.each_judge(p) for line in _judge(own)]
     return found + _published(p, stages) + _disk(p)
@@ -66,14 +67,14 @@ def _adapter(p: Parameters) -> list[str]:
     return [] if (path / "adapter_config.json").is_file() else [f"adapter: {shown(path)} holds no adapter_config.json."]
 
 
-def _model(p: Parameters) -> list[str]:
+def _model(p: Parameters, elsewhere: bool) -> list[str]:
     if p.model_name == EMBEDDED_MODEL:
         return []
     folder = files.resolve(p.model_name)
     if folder.is_dir():
         return [] if (folder / "config.json").is_file() else [f"model_name: {shown(folder)} holds no config.json."]
     size, problem = _hub(p.model_name, p.model_revision)
-    return [problem] if problem else _room(p, size)
+    return [problem] if problem else [] if elsewhere else _room(p, size)
 
 
 @functools.cache

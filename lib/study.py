@@ -6,21 +6,18 @@ Nothing heavy is imported before a subcommand needs it, so that help and mistake
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import difflib
-import json
 import os
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lib import commands as further
-from lib import config, files, runner
+from lib import config, engines, files, runner
 from lib.commands import Usage as _Usage
 from lib.commands import folder as _folder
 from lib.commands import positive as _positive
@@ -77,7 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("pairs", nargs="+", metavar="PAIR", help="a file under parameters/, demo (with controls), or all (the six pairs)")
     run.add_argument("--stages", type=_stages, default=list(STAGES), metavar="S,S", help="only these, such as 02_train,03_generate")
-    run.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs side by side (default 1)")
+    run.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side (default 1; with Ray as many as the cluster holds)")
+    run.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine's processes (default), or Ray tasks")
+    run.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster's head node (default: a Ray of this machine's own)")
     run.add_argument("--force", action="store_true", help="also repeat a stale training that took over 10 minutes")
     run.add_argument("--preset", metavar="NAME", help="original or paper: published settings laid over the pair")
     run.add_argument("--seeds", type=_seeds, metavar="N,N", help="one run for each seed")
@@ -87,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--notebooks", type=_folder, default="notebooks", metavar="DIR", help="folder of the notebooks (default notebooks)")
     run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    run.add_argument("--patience", type=float, default=0, help=argparse.SUPPRESS)
     _results(run)
     run.set_defaults(command=_run)
 
@@ -167,6 +167,10 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
+    if options.worker:
+        engines.end_with_parent()
+    if options.address and options.engine != "ray":
+        raise _Usage("--address: is for --engine ray.")
     try:
         overrides = _overrides(options)
         notebooks = files.resolve(options.notebooks)
@@ -174,11 +178,13 @@ def _run(options: argparse.Namespace) -> int:
     except StudyError as error:
         raise _Usage(str(error)) from error
     if options.preflight and not options.worker:
-        _preflight(runs, options.stages)
-    if options.worker or options.jobs == 1 or len(runs) == 1:
-        done = [runner.run_stages(run, options.stages, force=options.force, say=_say) for run in runs]
+        _preflight(runs, options.stages, elsewhere=bool(options.address))
+    jobs = options.jobs or (1 if options.engine == "local" else len(runs))
+    if options.worker or (options.engine == "local" and 1 in {jobs, len(runs)}):
+        given = {"force": options.force, "say": _say, "patience": options.patience}
+        done = [runner.run_stages(run, options.stages, **given) for run in runs]
     else:
-        done = _side_by_side(runs, options)
+        done = _side_by_side(runs, options, jobs)
     if not options.worker:
         if "05_analyze" in options.stages:
             done.append(_analyze_after(runs))
@@ -195,76 +201,24 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _preflight(runs: Sequence[Run], stages: Sequence[str]) -> None:
+def _preflight(runs: Sequence[Run], stages: Sequence[str], *, elsewhere: bool) -> None:
     """Looks at what all runs need for the stages that are not done yet, and names everything that is wrong at once."""
     from lib import preflight
 
     found: dict[str, list[str]] = {}
     for run in runs:
         waiting = [stage for stage in stages if runner.state(run, stage).status != "done"]
-        for line in preflight.problems(run.parameters, waiting) if waiting else []:
+        for line in preflight.problems(run.parameters, waiting, elsewhere=elsewhere) if waiting else []:
             found.setdefault(line, []).append(run.name)
     if found:
         raise _Usage("nothing was run:\n" + "\n".join(f"  {', '.join(names)}: {line}" for line, names in found.items()))
 
 
-def _side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> list[bool]:
-    """Works on several runs at once, each in a process of its own. The analysis of a pair waits for its control's answers."""
-    processes: list[subprocess.Popen[bytes]] = []
-    stopping = threading.Event()
-    waiting: dict[str, Future[bool]] = {}
-    by_folder = {run.folder: run.name for run in runs}
-
-    def work(run: Run) -> bool:
-        control = by_folder.get(runner.control_of(run) or Path())
-        first = [stage for stage in options.stages if not (control and stage == "05_analyze")]
-        done = not first or _worker(run, first, options, processes, stopping)
-        if control and done and "05_analyze" in options.stages:
-            waiting[control].result()
-            done = _worker(run, ["05_analyze"], options, processes, stopping)
-        return done
-
-    # Controls come first in `runs` and the pool starts work in order, so a run that waits never keeps its control from starting.
-    with ThreadPoolExecutor(max_workers=options.jobs) as pool:
-        try:
-            for run in runs:
-                waiting[run.name] = pool.submit(work, run)
-            return [future.result() for future in waiting.values()]
-        except KeyboardInterrupt:
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()
-            raise
-
-
-def _worker(
-    run: Run, stages: Sequence[str], options: argparse.Namespace, processes: list[subprocess.Popen[bytes]], stopping: threading.Event
-) -> bool:
-    """Runs stages of one run in a process of its own; returns whether they are all done. Starts none once `stopping` is set."""
-    sets = {**run.overrides, "seed": run.parameters.seed}
-    command = [
-        sys.executable,
-        "-m",
-        "lib.study",
-        "run",
-        run.parameters.pair,
-        "--worker",
-        "--stages",
-        ",".join(stages),
-        "--notebooks",
-        options.notebooks,
-    ]
-    # JSON is YAML as well, so --set reads back exactly what is written here.
-    command += [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    command += ["--preset", run.preset] if run.preset else []
-    command += ["--force"] if options.force else []
-    if stopping.is_set():
-        return False
-    process = subprocess.Popen(command, cwd=files.ROOT)
-    processes.append(process)
-    return process.wait() == 0
+def _side_by_side(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> list[bool]:
+    """Works on several runs at once, each in processes of its own."""
+    with contextlib.ExitStack() as stack:
+        engine = further.told(stack.enter_context, engines.connected(options, runs, _say))
+        return engines.side_by_side(engine, runs, options.stages, jobs)
 
 
 def _analyze_after(runs: Sequence[Run]) -> bool:
