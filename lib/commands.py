@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lib import config, files, upstream
+from lib import config, files, remote, upstream
 from lib.files import StudyError, shown
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def add(commands: Any) -> None:
 
 def results(parser: argparse.ArgumentParser) -> None:
     """Adds --results to a command."""
-    parser.add_argument("--results", type=folder, metavar="DIR", help="folder of the runs (default results)")
+    parser.add_argument("--results", type=folder, metavar="DIR", help="folder of the runs, or a URL such as s3://... (default results)")
 
 
 def sets(parser: argparse.ArgumentParser, what: str) -> None:
@@ -98,8 +98,8 @@ def sets(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def folder(text: str) -> str:
-    """A folder named on the command line lies below the working directory; in a parameter, below the repository."""
-    return shown(Path(text).expanduser().absolute())
+    """A folder named on the command line lies below the working directory; in a parameter, below the repository; a URL stays one."""
+    return text if remote.is_url(text) else shown(Path(text).expanduser().absolute())
 
 
 def positive(text: str) -> int:
@@ -118,7 +118,11 @@ def told(command: Callable[..., T], *given: Any, **named: Any) -> T:
 
 
 def folder_of_runs(options: argparse.Namespace) -> Path:
-    """Returns the folder that --results names, or results/."""
+    """Returns the folder that --results names, or results/; of a URL the copy, brought up to date."""
+    if remote.is_url(options.results):
+        store = remote.Remote(options.results)
+        store.pull()
+        return store.folder
     return files.resolve(options.results or "results")
 
 

@@ -72,10 +72,13 @@ def side_by_side(engine: Engine, runs: Sequence[Run], stages: Sequence[str], job
 def _words(run: Run, stages: Sequence[str], options: argparse.Namespace) -> list[str]:
     """Returns the words of the worker's command after `study`."""
     sets = {**run.overrides, "seed": run.parameters.seed}
+    if options.store:
+        del sets["results_dir"]  # the copy of the worker's own machine
     words = ["run", run.parameters.pair, "--worker", "--stages", ",".join(stages), "--notebooks", options.notebooks]
     # JSON is YAML as well, so --set reads back exactly what is written here.
     words += [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
     words += ["--preset", run.preset] if run.preset else []
+    words += ["--results", options.results] if options.store else []
     return words + (["--force"] if options.force else [])
 
 
@@ -194,12 +197,22 @@ def _task() -> Callable[[list[str], str, str | None], Iterator[tuple[int, str]]]
 
     def stage(words: list[str], root: str, threads: str | None) -> Iterator[tuple[int, str]]:
         """Runs a worker; yields its lines of standard output (1), then its standard error (2), then its exit status (0)."""
+        import contextlib
         import os
+        import queue
         import subprocess
         import sys
         import tempfile
+        import threading
 
         import ray
+
+        def read() -> None:
+            for line in process.stdout or ():
+                lines.put(line)
+            lines.put("")
+
+        lines: queue.SimpleQueue[str] = queue.SimpleQueue()
 
         variables = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
         variables |= {"OMP_NUM_THREADS": threads} if threads else {}
@@ -211,8 +224,14 @@ def _task() -> Callable[[list[str], str, str | None], Iterator[tuple[int, str]]]
                 command, cwd=root, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace"
             )
             try:
-                for line in process.stdout or ():
-                    yield 1, line.rstrip("\n")
+                threading.Thread(target=read, daemon=True).start()
+                line = None
+                while line != "":
+                    # Ray cancels a task between two steps of Python; one long wait for the next line it would not break.
+                    with contextlib.suppress(queue.Empty):
+                        line = lines.get(timeout=0.5)
+                        if line:
+                            yield 1, line.rstrip("\n")
                 status = process.wait()
             finally:
                 if process.poll() is None:

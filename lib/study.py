@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import datetime
 import difflib
+import functools
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lib import commands as further
-from lib import config, engines, files, runner
+from lib import config, engines, files, remote, runner
 from lib.commands import Usage as _Usage
 from lib.commands import folder as _folder
 from lib.commands import positive as _positive
@@ -88,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     run.add_argument("--patience", type=float, default=0, help=argparse.SUPPRESS)
     _results(run)
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, store=None)
 
     status = commands.add_parser("status", help="pair by stage: done, running, failed or stale")
     _results(status)
@@ -162,7 +163,8 @@ def _stages(text: str) -> list[str]:
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Reads --set key=value, each value as YAML would, and --results."""
     values = further.told(config.read_sets, options.sets)
-    return values | ({"results_dir": options.results} if options.results else {})
+    results = str(options.store.folder) if options.store else options.results
+    return values | ({"results_dir": results} if results else {})
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -172,22 +174,24 @@ def _run(options: argparse.Namespace) -> int:
     if options.address and options.engine != "ray":
         raise _Usage("--address: is for --engine ray.")
     try:
+        options.store = remote.Remote(options.results) if remote.is_url(options.results) else None
         overrides = _overrides(options)
         notebooks = files.resolve(options.notebooks)
         runs = runner.plan(options.pairs, preset=options.preset, seeds=options.seeds, overrides=overrides, notebooks=notebooks)
     except StudyError as error:
         raise _Usage(str(error)) from error
+    if options.store and not options.worker:
+        options.store.pull()
     if options.preflight and not options.worker:
         _preflight(runs, options.stages, elsewhere=bool(options.address))
     jobs = options.jobs or (1 if options.engine == "local" else len(runs))
     if options.worker or (options.engine == "local" and 1 in {jobs, len(runs)}):
-        given = {"force": options.force, "say": _say, "patience": options.patience}
-        done = [runner.run_stages(run, options.stages, **given) for run in runs]
+        done = [_here(run, options) for run in runs]
     else:
         done = _side_by_side(runs, options, jobs)
     if not options.worker:
         if "05_analyze" in options.stages:
-            done.append(_analyze_after(runs))
+            done.append(_analyze_after(runs, options.store))
         failed = len(done) - sum(done)
         _say(f"{sum(done[: len(runs)])} of {len(runs)} runs are up to date" + ("; see `study status`" if failed else ""))
     return 0 if all(done) else 1
@@ -214,6 +218,26 @@ def _preflight(runs: Sequence[Run], stages: Sequence[str], *, elsewhere: bool) -
         raise _Usage("nothing was run:\n" + "\n".join(f"  {', '.join(names)}: {line}" for line, names in found.items()))
 
 
+def _here(run: Run, options: argparse.Namespace) -> bool:
+    """Brings the stages of one run up to date in this process, its results at a URL among them."""
+    bring = functools.partial(runner.run_stages, run, force=options.force, say=_say, patience=options.patience)
+    if not options.store:
+        return bring(options.stages)
+    try:
+        control = runner.control_of(run)
+        if control and "05_analyze" in options.stages:
+            options.store.pull(control.name, light=True)
+        with options.store.keeping(run.name):
+            for stage in options.stages:
+                if not bring([stage]):
+                    return False
+                options.store.push(run.name)
+    except StudyError as error:
+        print(f"study: {run.name}: {error}", file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 def _side_by_side(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> list[bool]:
     """Works on several runs at once, each in processes of its own."""
     with contextlib.ExitStack() as stack:
@@ -221,28 +245,32 @@ def _side_by_side(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -
         return engines.side_by_side(engine, runs, options.stages, jobs)
 
 
-def _analyze_after(runs: Sequence[Run]) -> bool:
+def _analyze_after(runs: Sequence[Run], store: remote.Remote | None) -> bool:
     """Brings the tables and figures of the whole study up to date after runs; says whether that went well."""
     folder = files.resolve(runs[0].parameters.results_dir)
-    if not any(folder.glob("*/judged.csv")):
-        return True
     try:
-        _analyze_study(folder)
+        if store:
+            store.pull()
+        if any(folder.glob("*/judged.csv")):
+            _analyze_study(folder, store)
     except StudyError as error:
         print(f"study: analyze: {error}", file=sys.stderr)
         return False
     return True
 
 
-def _analyze_study(folder: Path) -> None:
+def _analyze_study(folder: Path, store: remote.Remote | None = None) -> None:
     from lib import analyze, figures
 
     analyze.analyze_study(folder, figures=figures.write_all)
+    if store:
+        store.push()
     _say(f"{shown(folder)}: tables in data/, figures in figures/, EXPERIMENT_SUMMARY.md")
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    _analyze_study(further.folder_of_runs(options))
+    folder = further.folder_of_runs(options)
+    _analyze_study(folder, remote.Remote(options.results) if remote.is_url(options.results) else None)
     return 0
 
 

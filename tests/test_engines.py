@@ -61,11 +61,12 @@ def tables(results: Path) -> dict[str, bytes]:
 class Node:
     """A Ray node: a session of processes of its own."""
 
-    def __init__(self, tree: Path, folder: Path, *words: str) -> None:
+    def __init__(self, tree: Path, folder: Path, *words: str, gpus: str = "") -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory", "80000000", *words]
         self._log = folder / f"node-{secrets.token_hex(4)}.log"
+        own = environment(tree) | {"CUDA_VISIBLE_DEVICES": gpus}
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=tree, env=environment(tree), stdout=log, stderr=log, start_new_session=True)
+            self.process = subprocess.Popen(command, cwd=tree, env=own, stdout=log, stderr=log, start_new_session=True)
         self._seen: dict[int, psutil.Process] = {}
         while "Ray runtime started" not in self._log.read_text():
             assert self.process.poll() is None, self._log.read_text()
@@ -111,7 +112,7 @@ def wait_until(holds: Callable[[], Any], seconds: float = 120) -> bool:
 
 
 @contextlib.contextmanager
-def cluster(tree: Path, *nodes: list[str]) -> Iterator[tuple[str, list[Node]]]:
+def cluster(tree: Path, *nodes: list[str], gpus: str = "") -> Iterator[tuple[str, list[Node]]]:
     """Starts a head node and further nodes, each with the given words of `ray start`; all their processes end with the block."""
     address = f"127.0.0.1:{free_port()}"
     # Ray's sockets have no room for a longer path.
@@ -122,7 +123,7 @@ def cluster(tree: Path, *nodes: list[str]) -> Iterator[tuple[str, list[Node]]]:
             place = ["--address", address]
             if not started:
                 place = ["--head", "--port", address.partition(":")[2], "--include-dashboard", "false", "--temp-dir", str(folder)]
-            started.append(Node(tree, folder, "--node-ip-address", "127.0.0.1", *place, *words))
+            started.append(Node(tree, folder, "--node-ip-address", "127.0.0.1", *place, *words, gpus=gpus))
         yield address, started
     finally:
         for node in reversed(started):
@@ -225,7 +226,7 @@ def test_each_notebook_has_a_gpu_of_its_own(tmp_path: Path) -> None:
     for stage in STAGES:
         stage_notebook(tmp_path / "notebooks", stage, *([seen] if stage == "02_train" else []))
     results = tmp_path / "results"
-    with cluster(ROOT, ["--num-cpus", "2", "--num-gpus", "2"]) as (address, _):
+    with cluster(ROOT, ["--num-cpus", "2", "--num-gpus", "2"], gpus="0,1") as (address, _):
         words = ["run", "demo_medical", "demo_medical_aligned", "--set", "device=cuda", "--stages", "01,02", "--no-preflight"]
         words += ["--notebooks", str(tmp_path / "notebooks"), "--engine", "ray", "--address", address, "--results", str(results)]
         done = study(ROOT, *words)
