@@ -20,7 +20,9 @@ from lib.files import StudyError
 PUSH_SECONDS = 60.0
 """How often a run is pushed while a stage is at work, so that a lost machine loses about this much."""
 
-_HEAVY = ("checkpoints", ".state")  # what only the run's own stages read
+STATES = frozenset({".state"})
+"""Training states, which only 02_train reads; the adapters are in checkpoints."""
+HEAVY = STATES | {"checkpoints"}
 _BOOK = "synced.json"
 
 
@@ -55,19 +57,18 @@ class Remote:
         self.folder = models.cache_dir() / "results" / files.sha256_text(self._url)[:16]
         self._lock = threading.Lock()
 
-    def pull(self, name: str = "", *, light: bool = False) -> None:
-        """Brings the copy of a run up to date; without a name, that of all runs and of the whole study.
+    def pull(self, name: str, *, without: frozenset[str] = frozenset()) -> None:
+        """Brings the copy of a run up to date; files in folders of the names in `without` stay as they are."""
+        self._sync(name, functools.partial(self._pull, without=without))
 
-        Args:
-            name: the run's folder.
-            light: without adapters and training states.
-        """
-        for part in [name] if name else ["", *self._runs()]:
-            self._sync(part, self._pull, light or not name)
+    def pull_all(self, *, without: frozenset[str] = HEAVY) -> None:
+        """Brings the copy of all runs, and of the tables and figures of the whole study, up to date."""
+        for part in ["", *self._runs()]:
+            self.pull(part, without=without)
 
     def push(self, name: str = "") -> None:
         """Brings the URL up to date with the copy of a run; without a name, with the tables and figures of the whole study."""
-        self._sync(name, self._push, False)
+        self._sync(name, self._push)
 
     @contextlib.contextmanager
     def keeping(self, name: str) -> Iterator[None]:
@@ -97,12 +98,12 @@ class Remote:
     def _relative(self, path: str) -> str:
         return path[len(self._root) :].lstrip("/")
 
-    def _sync(self, name: str, how: Callable[..., None], light: bool) -> None:
+    def _sync(self, name: str, how: Callable[[str, dict[str, Any]], None]) -> None:
         book_path = self.folder / ".synced" / (name or "data") / _BOOK
         with self._lock, files.lock(book_path.with_suffix(".lock"), what=f"the copy of {self._url}"):
             book = files.read_json(book_path) if book_path.is_file() else {}
             try:
-                _told(self._url, functools.partial(how, name, book, light))
+                _told(self._url, functools.partial(how, name, book))
             finally:
                 files.write_json(book_path, book)
 
@@ -131,12 +132,11 @@ class Remote:
                     found["/".join(parts)] = [stat.st_size, stat.st_mtime_ns]
         return found
 
-    def _pull(self, name: str, book: dict[str, Any], light: bool) -> None:
+    def _pull(self, name: str, book: dict[str, Any], without: frozenset[str]) -> None:
         there = self._there(name)
         for path, mark in there.items():
             target = self.folder / path
-            heavy = light and any(part in _HEAVY for part in Path(path).parts)
-            if heavy or (target.is_file() and book.get(path, {}).get("there") == mark):
+            if without & set(Path(path).parts) or (target.is_file() and book.get(path, {}).get("there") == mark):
                 continue
             files.write_bytes(target, self._fs.cat_file(f"{self._root}/{path}"))
             book[path] = {"there": mark, "here": self._here_now(target)}
@@ -144,7 +144,7 @@ class Remote:
             (self.folder / path).unlink(missing_ok=True)
             del book[path]
 
-    def _push(self, name: str, book: dict[str, Any], light: bool) -> None:
+    def _push(self, name: str, book: dict[str, Any]) -> None:
         here = self._here(name)
         changed = {path: stat for path, stat in here.items() if book.get(path, {}).get("here") != stat}
         for path, stat in changed.items():

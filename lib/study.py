@@ -181,7 +181,7 @@ def _run(options: argparse.Namespace) -> int:
     except StudyError as error:
         raise _Usage(str(error)) from error
     if options.store and not options.worker:
-        options.store.pull()
+        options.store.pull_all()
     if options.preflight and not options.worker:
         _preflight(runs, options.stages, elsewhere=bool(options.address))
     jobs = options.jobs or (1 if options.engine == "local" else len(runs))
@@ -226,7 +226,7 @@ def _here(run: Run, options: argparse.Namespace) -> bool:
     try:
         control = runner.control_of(run)
         if control and "05_analyze" in options.stages:
-            options.store.pull(control.name, light=True)
+            options.store.pull(control.name, without=remote.HEAVY)
         with options.store.keeping(run.name):
             for stage in options.stages:
                 if not bring([stage]):
@@ -250,7 +250,7 @@ def _analyze_after(runs: Sequence[Run], store: remote.Remote | None) -> bool:
     folder = files.resolve(runs[0].parameters.results_dir)
     try:
         if store:
-            store.pull()
+            store.pull_all()
         if any(folder.glob("*/judged.csv")):
             _analyze_study(folder, store)
     except StudyError as error:
@@ -269,13 +269,13 @@ def _analyze_study(folder: Path, store: remote.Remote | None = None) -> None:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    folder = further.folder_of_runs(options)
-    _analyze_study(folder, remote.Remote(options.results) if remote.is_url(options.results) else None)
+    _analyze_study(further.folder_of_runs(options))
+    further.send_back(options)
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
-    results = further.folder_of_runs(options)
+    results = further.folder_of_runs(options, adapters=True)
     runs = _recorded(results)
     if not runs:
         _say(f"{shown(results)}: no runs yet; start with `study run demo`.")
@@ -320,7 +320,7 @@ def _recorded(results: Path) -> dict[str, Run | str]:
 def _verify(options: argparse.Namespace) -> int:
     from lib import verify
 
-    results = further.folder_of_runs(options)
+    results = further.folder_of_runs(options, adapters=True)
     return further.told(verify.command, results, options.pairs, _recorded(results))
 
 
