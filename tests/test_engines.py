@@ -58,13 +58,22 @@ def tables(results: Path) -> dict[str, bytes]:
     return found | {path.name: path.read_bytes() for path in sorted((results / "data").glob("*.csv"))}
 
 
+# `ray start`, with nodes that may find each other on loopback: of itself it takes the outer address for 127.0.0.1.
+START = """
+from ray._private import services
+services.get_node_ip_address = lambda address=None: "127.0.0.1"
+from ray.scripts.scripts import main
+main()
+"""
+
+
 class Node:
     """A Ray node: a session of processes of its own."""
 
     def __init__(self, tree: Path, folder: Path, *words: str, gpus: str = "") -> None:
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--object-store-memory", "80000000", *words]
+        command = [sys.executable, "-c", START, "start", "--block", "--object-store-memory", "80000000", *words]
         self._log = folder / f"node-{secrets.token_hex(4)}.log"
-        own = environment(tree) | {"CUDA_VISIBLE_DEVICES": gpus}
+        own = environment(tree) | {"CUDA_VISIBLE_DEVICES": gpus, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, cwd=tree, env=own, stdout=log, stderr=log, start_new_session=True)
         self._seen: dict[int, psutil.Process] = {}
