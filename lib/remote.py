@@ -179,4 +179,6 @@ def _told(url: str, act: Callable[[], Any]) -> Any:
         raise
     except Exception as error:  # each store has errors of its own, botocore's among them
         words = " ".join(str(error).split())[:200] or type(error).__name__
-        raise StudyError(f"--results {url}: the store does not do it ({words}); what is done lies in the local copy.") from error
+        raise StudyError(
+            f"--results {url}: the store refuses or does not answer ({words}); what was done stays in the copy on this machine."
+        ) from error

@@ -145,5 +145,5 @@ def test_urls_that_cannot_be_used_are_told(tmp_path: Path, capsys: pytest.Captur
     store = Remote(f"file://{tmp_path}/file")
     files.write_text(tmp_path / "file", "no folder")
     files.write_text(store.folder / "run" / "a", "a")
-    with pytest.raises(StudyError, match="the store does not do it"):
+    with pytest.raises(StudyError, match="the store refuses"):
         store.push("run")
