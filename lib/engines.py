@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -27,6 +28,7 @@ from lib.runner import Run
 
 LOSSES = 5
 """How often a stage may lose its Ray worker (the node died, or ran out of memory) before its run fails."""
+CANCEL_SECONDS = 30.0
 PATIENCE = 60
 """Seconds that a Ray worker waits for the lock of a run: what a lost node leaves behind takes a while to end."""
 
@@ -142,8 +144,15 @@ class Ray:
     def stop(self) -> None:
         with self._lock:
             self._stopping = True
-            for lines in self._under_way:
-                self._ray.cancel(lines)
+            ending = list(self._under_way)
+        threading.Thread(target=lambda: [self._ray.cancel(lines) for lines in ending], daemon=True).start()
+        deadline = time.monotonic() + CANCEL_SECONDS
+        while self._under_way and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if self._under_way:
+            # Nothing wakes a thread that waits for a Ray that is gone. Its tasks end by themselves when this process does.
+            print("study: interrupted, and Ray does not answer; the same command goes on from here.", file=sys.stderr, flush=True)
+            os._exit(1)
 
     def _stage(self, run: Run, stage: str) -> bool:
         from ray import exceptions
