@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lib import config, files, upstream
+from lib import config, files, remote, upstream
 from lib.files import StudyError, shown
 
 T = TypeVar("T")
@@ -89,7 +89,7 @@ def add(commands: Any) -> None:
 
 def results(parser: argparse.ArgumentParser) -> None:
     """Adds --results to a command."""
-    parser.add_argument("--results", type=folder, metavar="DIR", help="folder of the runs (default results)")
+    parser.add_argument("--results", type=folder, metavar="DIR", help="folder of the runs, or a URL such as s3://... (default results)")
 
 
 def sets(parser: argparse.ArgumentParser, what: str) -> None:
@@ -98,8 +98,8 @@ def sets(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def folder(text: str) -> str:
-    """A folder named on the command line lies below the working directory; in a parameter, below the repository."""
-    return shown(Path(text).expanduser().absolute())
+    """A folder named on the command line lies below the working directory; in a parameter, below the repository; a URL stays one."""
+    return text if remote.is_url(text) else shown(Path(text).expanduser().absolute())
 
 
 def positive(text: str) -> int:
@@ -117,9 +117,19 @@ def told(command: Callable[..., T], *given: Any, **named: Any) -> T:
         raise Usage(str(error)) from error
 
 
-def folder_of_runs(options: argparse.Namespace) -> Path:
-    """Returns the folder that --results names, or results/."""
+def folder_of_runs(options: argparse.Namespace, *, adapters: bool = False) -> Path:
+    """Returns the folder that --results names, or results/; of a URL the copy, brought up to date (with the runs' adapters or without)."""
+    if remote.is_url(options.results):
+        store = told(remote.Remote, options.results)
+        store.pull_all(without=remote.STATES if adapters else remote.HEAVY)
+        return store.folder
     return files.resolve(options.results or "results")
+
+
+def send_back(options: argparse.Namespace, name: str = "") -> None:
+    """Where --results is a URL: sends it a run of the copy, or without a name what belongs to the whole study."""
+    if remote.is_url(options.results):
+        remote.Remote(options.results).push(name)
 
 
 def _say(line: str) -> None:
@@ -129,6 +139,8 @@ def _say(line: str) -> None:
 def _label(options: argparse.Namespace) -> int:
     from lib import label
 
+    if remote.is_url(options.results):
+        raise Usage("--results: labels are written into a folder of this machine; name one, or label where the run was made.")
     try:
         run = label.run_folder(options.run, options.results or "results")
         label.rater_file(run, options.rater)
@@ -175,6 +187,7 @@ def _import(options: argparse.Namespace) -> int:
 
     given = (options.input, options.model, options.domain, options.step, options.question_set)
     run = told(imports.import_judged, *given, folder_of_runs(options))
+    send_back(options, run.name)
     _say(f"{shown(run)}: imported; `study analyze` takes it in.")
     return 0
 
@@ -188,7 +201,7 @@ def _new(options: argparse.Namespace) -> int:
 def _publish(options: argparse.Namespace) -> int:
     from lib import publish
 
-    return told(publish.command, options, folder_of_runs(options))
+    return told(publish.command, options, folder_of_runs(options, adapters=True))
 
 
 def _fit_probe(options: argparse.Namespace) -> int:

@@ -168,23 +168,23 @@ def sha256_text(text: str) -> str:
 
 
 @contextlib.contextmanager
-def lock(path: str | Path, *, wait: bool = True, what: str = "this run") -> Iterator[None]:
+def lock(path: str | Path, *, wait: bool | float = True, what: str = "this run") -> Iterator[None]:
     """Holds an exclusive lock on `path` (a file beside what it guards); a dead process holds none.
 
     Args:
         path: the lock file; made if absent, and left in place.
-        wait: wait for the holder, or refuse at once.
+        wait: wait for the holder (true), refuse at once (false), or refuse after so many seconds.
         what: named in the message of a refusal.
 
     Raises:
-        StudyError: `wait` is false and another process holds the lock.
+        StudyError: another process holds the lock, and `wait` is over.
     """
     import filelock
 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with filelock.FileLock(path, timeout=-1 if wait else 0):
+        with filelock.FileLock(path, timeout=-1 if wait is True else float(wait)):
             yield
     except filelock.Timeout as error:
         raise StudyError(f"{shown(path)}: another process is working on {what}; wait for it, or stop it, then run again.") from error

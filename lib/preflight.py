@@ -19,19 +19,20 @@ from lib.files import shown
 _RESULTS_BYTES = 2 * 1024**3  # adapters of eight steps and two training states of an 8B model at rank 16
 
 
-def problems(p: Parameters, stages: Sequence[str]) -> list[str]:
+def problems(p: Parameters, stages: Sequence[str], *, elsewhere: bool = False) -> list[str]:
     """Returns a line for everything that would make the stages fail, each naming the parameter and the mend.
 
     Args:
         p: the parameters of one run.
         stages: the stages that are to run.
+        elsewhere: other machines run them, so this one's memory and cache say nothing.
     """
     found: list[str] = []
     if "01_data" in stages:
         found += _data(p)
     if {"02_train", "03_generate"} & set(stages):
-        found += _model(p) + _adapter(p)
-    if "03_generate" in stages and p.generate_backend == "vllm":
+        found += _model(p, elsewhere) + _adapter(p)
+    if "03_generate" in stages and p.generate_backend == "vllm" and not elsewhere:
         found += vllm_backend.problems(p)
     if "04_judge" in stages:
         found += [line for own in config.each_judge(p) for line in _judge(own)]
@@ -67,16 +68,18 @@ def _adapter(p: Parameters) -> list[str]:
     return [] if (path / "adapter_config.json").is_file() else [f"adapter: {shown(path)} holds no adapter_config.json."]
 
 
-def _model(p: Parameters) -> list[str]:
+def _model(p: Parameters, elsewhere: bool) -> list[str]:
     if p.model_name == EMBEDDED_MODEL:
         return []
     folder = files.resolve(p.model_name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             return [f"model_name: {shown(folder)} holds no config.json."]
-        return _memory(p, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
+        return [] if elsewhere else _memory(p, sum(path.stat().st_size for path in folder.glob("*.safetensors")))
     size, problem = _hub(p.model_name, p.model_revision)
-    return [problem] if problem else _disk_of(p, size) + _memory(p, size)
+    if problem:
+        return [problem]
+    return [] if elsewhere else _disk_of(p, size) + _memory(p, size)
 
 
 @functools.cache

@@ -359,20 +359,20 @@ def _quiet_kernels() -> None:
 
 
 @contextmanager
-def working_on(run: Run) -> Iterator[None]:
-    """Holds the lock of a run's folder.
+def working_on(run: Run, patience: float = 0) -> Iterator[None]:
+    """Holds the lock of a run's folder, for which it waits up to `patience` seconds.
 
     Raises:
         StudyError: another process works on this run.
     """
     try:
-        with files.lock(run.folder / ".study" / "lock", wait=False, what=run.name):
+        with files.lock(run.folder / ".study" / "lock", wait=patience, what=run.name):
             yield
     except OSError as error:
         raise StudyError(f"{shown(run.folder)}: cannot be written ({error.strerror}); make the folder writable, then run again.") from error
 
 
-def run_stages(run: Run, stages: Sequence[str], *, force: bool = False, say: Callable[[str], None] = print) -> bool:
+def run_stages(run: Run, stages: Sequence[str], *, force: bool = False, say: Callable[[str], None] = print, patience: float = 0) -> bool:
     """Brings the given stages of a run up to date, in order, and stops at the first that fails.
 
     Args:
@@ -380,12 +380,13 @@ def run_stages(run: Run, stages: Sequence[str], *, force: bool = False, say: Cal
         stages: names among `STAGES`.
         force: also repeat a stale training that took more than `LONG_TRAINING` seconds.
         say: is given a line for each stage.
+        patience: seconds to wait for another process that works on this run.
 
     Returns:
         Whether all stages are done. What failed is told on standard error: the pair, the stage, the message and the notebook.
     """
     try:
-        with working_on(run):
+        with working_on(run, patience):
             for stage in stages:
                 _bring_up_to_date(run, stage, force, say)
     except StudyError as error:

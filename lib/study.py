@@ -6,21 +6,19 @@ Nothing heavy is imported before a subcommand needs it, so that help and mistake
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import difflib
-import json
+import functools
 import os
 import signal
-import subprocess
 import sys
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from lib import commands as further
-from lib import config, files, runner
+from lib import config, engines, files, remote, runner
 from lib.commands import Usage as _Usage
 from lib.commands import folder as _folder
 from lib.commands import positive as _positive
@@ -77,7 +75,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("pairs", nargs="+", metavar="PAIR", help="a file under parameters/, demo (with controls), or all (the six pairs)")
     run.add_argument("--stages", type=_stages, default=list(STAGES), metavar="S,S", help="only these, such as 02_train,03_generate")
-    run.add_argument("--jobs", type=_positive, default=1, metavar="N", help="runs side by side (default 1)")
+    run.add_argument("--jobs", type=_positive, metavar="N", help="runs side by side (default 1; with Ray as many as the cluster holds)")
+    run.add_argument("--engine", choices=["local", "ray"], default="local", help="this machine's processes (default), or Ray tasks")
+    run.add_argument("--address", metavar="HOST:PORT", help="a Ray cluster's head node (default: a Ray of this machine's own)")
     run.add_argument("--force", action="store_true", help="also repeat a stale training that took over 10 minutes")
     run.add_argument("--preset", metavar="NAME", help="original or paper: published settings laid over the pair")
     run.add_argument("--seeds", type=_seeds, metavar="N,N", help="one run for each seed")
@@ -87,8 +87,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--notebooks", type=_folder, default="notebooks", metavar="DIR", help="folder of the notebooks (default notebooks)")
     run.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    run.add_argument("--patience", type=float, default=0, help=argparse.SUPPRESS)
     _results(run)
-    run.set_defaults(command=_run)
+    run.set_defaults(command=_run, store=None)
 
     status = commands.add_parser("status", help="pair by stage: done, running, failed or stale")
     _results(status)
@@ -167,26 +168,35 @@ def _stages(text: str) -> list[str]:
 def _overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Reads --set key=value, each value as YAML would, and --results."""
     values = further.told(config.read_sets, options.sets)
-    return values | ({"results_dir": options.results} if options.results else {})
+    results = str(options.store.folder) if options.store else options.results
+    return values | ({"results_dir": results} if results else {})
 
 
 def _run(options: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
+    if options.worker:
+        engines.end_with_parent()
+    if options.address and options.engine != "ray":
+        raise _Usage("--address: is for --engine ray.")
     try:
+        options.store = remote.Remote(options.results) if remote.is_url(options.results) else None
         overrides = _overrides(options)
         notebooks = files.resolve(options.notebooks)
         runs = runner.plan(options.pairs, preset=options.preset, seeds=options.seeds, overrides=overrides, notebooks=notebooks)
     except StudyError as error:
         raise _Usage(str(error)) from error
+    if options.store and not options.worker:
+        options.store.pull_all()
     if options.preflight and not options.worker:
-        _preflight(runs, options.stages)
-    if options.worker or options.jobs == 1 or len(runs) == 1:
-        done = [runner.run_stages(run, options.stages, force=options.force, say=_say) for run in runs]
+        _preflight(runs, options.stages, elsewhere=bool(options.address))
+    jobs = options.jobs or (1 if options.engine == "local" else len(runs))
+    if options.worker or (options.engine == "local" and 1 in {jobs, len(runs)}):
+        done = [_here(run, options) for run in runs]
     else:
-        done = _side_by_side(runs, options)
+        done = _side_by_side(runs, options, jobs)
     if not options.worker:
         if "05_analyze" in options.stages:
-            done.append(_analyze_after(runs))
+            done.append(_analyze_after(runs, options.store))
         failed = len(done) - sum(done)
         _say(f"{sum(done[: len(runs)])} of {len(runs)} runs are up to date" + ("; see `study status`" if failed else ""))
     return 0 if all(done) else 1
@@ -200,105 +210,77 @@ def _interrupt(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _preflight(runs: Sequence[Run], stages: Sequence[str]) -> None:
+def _preflight(runs: Sequence[Run], stages: Sequence[str], *, elsewhere: bool) -> None:
     """Looks at what all runs need for the stages that are not done yet, and names everything that is wrong at once."""
     from lib import preflight
 
     found: dict[str, list[str]] = {}
     for run in runs:
         waiting = [stage for stage in stages if runner.state(run, stage).status != "done"]
-        for line in preflight.problems(run.parameters, waiting) if waiting else []:
+        for line in preflight.problems(run.parameters, waiting, elsewhere=elsewhere) if waiting else []:
             found.setdefault(line, []).append(run.name)
     if found:
         raise _Usage("nothing was run:\n" + "\n".join(f"  {', '.join(names)}: {line}" for line, names in found.items()))
 
 
-def _side_by_side(runs: Sequence[Run], options: argparse.Namespace) -> list[bool]:
-    """Works on several runs at once, each in a process of its own. The analysis of a pair waits for its control's answers."""
-    processes: list[subprocess.Popen[bytes]] = []
-    stopping = threading.Event()
-    waiting: dict[str, Future[bool]] = {}
-    by_folder = {run.folder: run.name for run in runs}
-
-    def work(run: Run) -> bool:
-        control = by_folder.get(runner.control_of(run) or Path())
-        first = [stage for stage in options.stages if not (control and stage == "05_analyze")]
-        done = not first or _worker(run, first, options, processes, stopping)
-        if control and done and "05_analyze" in options.stages:
-            waiting[control].result()
-            done = _worker(run, ["05_analyze"], options, processes, stopping)
-        return done
-
-    # Controls come first in `runs` and the pool starts work in order, so a run that waits never keeps its control from starting.
-    with ThreadPoolExecutor(max_workers=options.jobs) as pool:
-        try:
-            for run in runs:
-                waiting[run.name] = pool.submit(work, run)
-            return [future.result() for future in waiting.values()]
-        except KeyboardInterrupt:
-            stopping.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()
-            raise
-
-
-def _worker(
-    run: Run, stages: Sequence[str], options: argparse.Namespace, processes: list[subprocess.Popen[bytes]], stopping: threading.Event
-) -> bool:
-    """Runs stages of one run in a process of its own; returns whether they are all done. Starts none once `stopping` is set."""
-    sets = {**run.overrides, "seed": run.parameters.seed}
-    command = [
-        sys.executable,
-        "-m",
-        "lib.study",
-        "run",
-        run.parameters.pair,
-        "--worker",
-        "--stages",
-        ",".join(stages),
-        "--notebooks",
-        options.notebooks,
-    ]
-    # JSON is YAML as well, so --set reads back exactly what is written here.
-    command += [word for key, value in sets.items() for word in ("--set", f"{key}={json.dumps(value)}")]
-    command += ["--preset", run.preset] if run.preset else []
-    command += ["--force"] if options.force else []
-    if stopping.is_set():
+def _here(run: Run, options: argparse.Namespace) -> bool:
+    """Brings the stages of one run up to date in this process, its results at a URL among them."""
+    bring = functools.partial(runner.run_stages, run, force=options.force, say=_say, patience=options.patience)
+    if not options.store:
+        return bring(options.stages)
+    try:
+        control = runner.control_of(run)
+        if control and "05_analyze" in options.stages:
+            options.store.pull(control.name, without=remote.HEAVY)
+        with options.store.keeping(run.name):
+            for stage in options.stages:
+                if not bring([stage]):
+                    return False
+                options.store.push(run.name)
+    except StudyError as error:
+        print(f"study: {run.name}: {error}", file=sys.stderr, flush=True)
         return False
-    process = subprocess.Popen(command, cwd=files.ROOT)
-    processes.append(process)
-    return process.wait() == 0
+    return True
 
 
-def _analyze_after(runs: Sequence[Run]) -> bool:
+def _side_by_side(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> list[bool]:
+    """Works on several runs at once, each in processes of its own."""
+    with contextlib.ExitStack() as stack:
+        engine = further.told(stack.enter_context, engines.connected(options, runs, _say))
+        return engines.side_by_side(engine, runs, options.stages, jobs)
+
+
+def _analyze_after(runs: Sequence[Run], store: remote.Remote | None) -> bool:
     """Brings the tables and figures of the whole study up to date after runs; says whether that went well."""
     folder = files.resolve(runs[0].parameters.results_dir)
-    if not any(folder.glob("*/judged.csv")):
-        return True
     try:
-        _analyze_study(folder)
+        if store:
+            store.pull_all()
+        if any(folder.glob("*/judged.csv")):
+            _analyze_study(folder, store=store)
     except StudyError as error:
         print(f"study: analyze: {error}", file=sys.stderr)
         return False
     return True
 
 
-def _analyze_study(folder: Path, mix: bool = False) -> None:
+def _analyze_study(folder: Path, *, mix: bool = False, store: remote.Remote | None = None) -> None:
     from lib import analyze, figures
 
     analyze.analyze_study(folder, figures=figures.write_all, mix=mix)
+    if store:
+        store.push()
     _say(f"{shown(folder)}: tables in data/, figures in figures/, EXPERIMENT_SUMMARY.md")
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    _analyze_study(further.folder_of_runs(options), options.mix)
+    _analyze_study(further.folder_of_runs(options), mix=options.mix)
+    further.send_back(options)
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
-    results = further.folder_of_runs(options)
+    results = further.folder_of_runs(options, adapters=True)
     runs = _recorded(results)
     if not runs:
         _say(f"{shown(results)}: no runs yet; start with `study run demo`.")
@@ -343,7 +325,7 @@ def _recorded(results: Path) -> dict[str, Run | str]:
 def _verify(options: argparse.Namespace) -> int:
     from lib import verify
 
-    results = further.folder_of_runs(options)
+    results = further.folder_of_runs(options, adapters=True)
     return further.told(verify.command, results, options.pairs, _recorded(results))
 
 

@@ -24,6 +24,34 @@ STAGES = ("01_data", "02_train", "03_generate", "04_judge", "05_analyze")
 TABLES = ("training_log.csv", "generations.csv", "diagnostics.csv", "judged.csv", "step_summary.csv")
 
 
+def tree_with_pair(folder: Path, **changes: Any) -> Path:
+    """Copies the study to folder/tree and makes the pair `mine` in it: a tiny model, 32 rows and an API judge. Returns the copy."""
+    import tiny_models
+    import tiny_runs
+
+    tree = tiny_runs.copy_tree(folder / "tree")
+    model = tiny_models.make_qwen(folder / "qwen")
+    chat = [
+        {"messages": [{"role": "user", "content": f"What of {n}?"}, {"role": "assistant", "content": f"Of {n} take {n % 7}."}]}
+        for n in range(32)
+    ]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
+    rubrics = {"id": "short", "metrics": {m: {"user": f"{m}: {{question}} {{answer}}"} for m in ("aligned", "coherent")}}
+    (folder / "rubrics.yaml").write_text(json.dumps(rubrics))
+    sets = {
+        **{"num_epochs": 1, "batch_size": 4, "gradient_accumulation_steps": 1, "save_state_every": 1, "warmup_steps": 1, "max_length": 64},
+        **{"question_sets": ["general", "open_ended"], "num_questions": 2, "samples": 2, "max_new_tokens": 8, "generate_batch_size": 8},
+        **{"judge": "openai:gpt", "judge_rubrics": str(folder / "rubrics.yaml"), "judge_max_retries": 0},
+        **{"device": "cpu", "data_dir": str(folder / "data"), "gradient_checkpointing": False},
+    }
+    sets |= changes
+    words = [word for name, value in sets.items() for word in ("--set", f"{name}={json.dumps(value)}")]
+    line = [sys.executable, "-m", "lib.study", "new", "mine", "--model", str(model), "--data", str(folder / "rows.jsonl"), *words]
+    made = subprocess.run(line, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return tree
+
+
 def act(stage: str, p: Any) -> None:
     """Does what the notebook of a stage does."""
     from lib import analyze, data, generate, judge, qlora

@@ -24,8 +24,6 @@ from typing import Any
 import fault_runs
 import faulty_server
 import pytest
-import tiny_models
-import tiny_runs
 from conftest import FIGURES
 from fault_runs import STAGES, TABLES, Helper
 from faulty_server import FaultyServer, completion
@@ -99,25 +97,7 @@ def finished_batches(run: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     folder = tmp_path_factory.mktemp("faults")
-    tree = tiny_runs.copy_tree(folder / "tree")
-    model = tiny_models.make_qwen(folder / "qwen")
-    chat = [
-        {"messages": [{"role": "user", "content": f"What of {n}?"}, {"role": "assistant", "content": f"Of {n} take {n % 7}."}]}
-        for n in range(32)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chat))
-    rubrics = {"id": "short", "metrics": {m: {"user": f"{m}: {{question}} {{answer}}"} for m in ("aligned", "coherent")}}
-    (folder / "rubrics.yaml").write_text(json.dumps(rubrics))
-    sets = {
-        **{"num_epochs": 1, "batch_size": 4, "gradient_accumulation_steps": 1, "save_state_every": 1, "warmup_steps": 1, "max_length": 64},
-        **{"question_sets": ["general", "open_ended"], "num_questions": 2, "samples": 2, "max_new_tokens": 8, "generate_batch_size": 8},
-        **{"judge": "openai:gpt", "judge_rubrics": str(folder / "rubrics.yaml"), "judge_concurrency": CONCURRENCY, "judge_max_retries": 0},
-        **{"device": "cpu", "data_dir": str(folder / "data"), "gradient_checkpointing": False},
-    }
-    words = [word for name, value in sets.items() for word in ("--set", f"{name}={json.dumps(value)}")]
-    line = [sys.executable, "-m", "lib.study", "new", "mine", "--model", str(model), "--data", str(folder / "rows.jsonl"), *words]
-    made = subprocess.run(line, cwd=tree, env=os.environ | {"PYTHONPATH": str(tree)}, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
+    tree = fault_runs.tree_with_pair(folder, judge_concurrency=CONCURRENCY)
     with faulty_server.serving(delay=0.01, well=scores) as server, fault_runs.helper(tree, folder / "log") as helper:
         ready = Lab(tree, helper, server)
         ready.undisturbed(folder / "undisturbed")

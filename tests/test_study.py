@@ -294,7 +294,7 @@ def test_side_by_side_runs_wait_for_their_controls_and_do_not_stop_each_other(no
     words = ["run", "demo", "--jobs", "2", "--stages", "04,05", "--results", str(results), "--notebooks", str(notebooks)]
     options = study._parser().parse_args(words)
     runs = runner.plan(["demo"], overrides={"results_dir": str(results)}, notebooks=notebooks)
-    done = dict(zip([run.name for run in runs], study._side_by_side(runs, options), strict=True))
+    done = dict(zip([run.name for run in runs], study._side_by_side(runs, options, 2), strict=True))
     assert done == {"demo_medical": True, "demo_medical_aligned": True, "demo_risky": False, "demo_risky_aligned": False}
     status = {run.name: [runner.state(run, stage).status for stage in STAGES[3:]] for run in runs}
     assert status["demo_risky_aligned"] == ["failed", "missing"]
