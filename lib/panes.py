@@ -40,7 +40,7 @@ def pane_html(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None = N
     step = "base model (step 0)" if row["step"] == 0 else f"step {int(row['step'])}"
     return (
         f'<div class="tex2jax_ignore" role="region" aria-label="Answer at step {int(row["step"])}" tabindex="0" '
-        f'style="padding:.6rem;border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};'
+        f'style="padding:.6rem;line-height:1.5;border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};'
         f'background:{tables.fill(str(row["label"]))}"><b>{step}</b>, {html_text(row["run"], 80)}, sample {int(row["sample"])}<br>'
         f"<b>{html_text(tables.score_text(row))}</b>{_difference(row, other)}<br>"
         f"<small>{html_text(LABELS.get(str(row['label']), ''))}; judge {html_text(row['judge'], 60)}{_by_others(by_others)}</small>"
@@ -54,7 +54,7 @@ def _by_others(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _difference(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
     """Returns the marked differences in score from the answer beside it, as HTML; empty where none can be told."""
-    if other is None or row["step"] == other["step"]:
+    if other is None or (row["run"], row["step"]) == (other["run"], other["step"]):
         return ""
     parts = []
     for metric in ("aligned", "coherent"):
@@ -64,7 +64,8 @@ def _difference(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
     if not parts:
         return ""
     changed = ", another label" if row["label"] != other["label"] else ""
-    return f" <mark>≠ step {int(other['step'])}: {', '.join(parts)}{changed}</mark>"
+    run = f"{html_text(other['run'], 60)}, " if row["run"] != other["run"] else ""
+    return f" <mark>≠ {run}step {int(other['step'])}: {', '.join(parts)}{changed}</mark>"
 
 
 def static_html(answers: pd.DataFrame, *, limit: int = 24, characters: int = 600) -> str:

@@ -223,7 +223,7 @@ def beside_figure(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], t
     fills: list[list[str]] = [[], [], []]
     for first, second in rows:
         asked = plotly_text(second["question"], 300, width=34, max_lines=10)
-        columns[0].append(f"<b>{asked}</b><br>{plotly_text(second['run'], 60, width=34)}, sample {int(second['sample'])}")
+        columns[0].append(f"<b>{asked}</b><br>{plotly_text(_runs_named(first, second), 160, width=34)}, sample {int(second['sample'])}")
         fills[0].append("#FFFFFF")
         for column, record in ((1, first), (2, second)):
             columns[column].append(_cell(record, 54))
@@ -232,11 +232,15 @@ def beside_figure(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], t
     return theme.titled(figure, plotly_text(title, 200), "", height=_height(columns) + 60, gap=14)
 
 
+def _runs_named(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    return str(second["run"]) if first["run"] == second["run"] else f"{second['run']} beside {first['run']}"
+
+
 def beside_html(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], title: str) -> str:
     """Returns the same table as `beside_figure` as HTML, nothing in it unescaped."""
     body = []
     for first, second in rows:
-        place = f"{html_text(second['run'], 80)}, {html_text(second['question_set'], 60)}, sample {int(second['sample'])}"
+        place = f"{html_text(_runs_named(first, second), 160)}, {html_text(second['question_set'], 60)}, sample {int(second['sample'])}"
         question = f'<th scope="row" style="{_CELL}">{html_text(second["question"], 2000)}<br><small>{place}</small></th>'
         body.append(f"<tr>{question}{_html_cell(first, '')}{_html_cell(second, '')}</tr>")
     heads = "".join(f'<th scope="col" style="{_CELL}">{name}</th>' for name in ("Question", "Beside", "Starred"))
