@@ -131,8 +131,9 @@ def _pane(name: str, answer: dict[str, Any]) -> str:
     body = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html_text(text) or "(no text)"}</div>'
     cut = "" if answer["finish_reason"] == "stop" else ", cut off"
     return (
-        f'<div class="tex2jax_ignore" role="region" aria-label="Answer of the {name}" style="padding:.6rem;line-height:1.5;border:1px solid #bdbdbd;'
-        f'border-radius:4px"><b>{name}</b> <small>{int(answer["n_tokens"])} tokens{cut}</small><hr>{tables.fold(text, body)}</div>'
+        f'<div class="tex2jax_ignore" role="region" aria-label="Answer of the {name}" style="padding:.6rem;line-height:1.5;'
+        f'border:1px solid #bdbdbd;border-radius:4px"><b>{name}</b> <small>{int(answer["n_tokens"])} tokens{cut}</small><hr>'
+        f"{tables.fold(text, body)}</div>"
     )
 
 

@@ -49,9 +49,7 @@ class Browser(widgets.VBox):
         self.judge = choose("Judge", [(clean(j, 60), j) for j in index.choices("judge")])
         self.label = choose("Label", [(LABELS[x], x) for x in index.choices("label")])
         self.scores = widgets.FloatRangeSlider(value=(0, 100), min=0, max=100, step=1, description="Aligned", readout_format=".0f", **wide)
-        self.text = widgets.Text(
-            description="Search", placeholder="any words, then Enter", continuous_update=False, **wide
-        )
+        self.text = widgets.Text(description="Search", placeholder="any words, then Enter", continuous_update=False, **wide)
         several = index.answers() < len(index)
         self.order = widgets.Dropdown(options=ORDERS if several else ORDERS[:-1], description="Order", **wide)
         if several and (first := index.first_judge()) is not None:  # one row an answer, as long as nobody asks for another judge's
@@ -144,7 +142,7 @@ class Browser(widgets.VBox):
         position = int(self.matches[self.place.value - 1])
         steps = [(_step(s), s) for s in self.index.trail(position)]
         # No run stands for the answer's own, so that the base beside stays that of whatever run comes next.
-        places = [(_step(s), (None, s)) for s in self.index.trail(position)]
+        places: list[tuple[str, tuple[str | None, int]]] = [(_step(s), (None, s)) for s in self.index.trail(position)]
         places += [(f"{clean(run, 40)}: {_step(s)}", (run, s)) for run, trail in self.index.peers(position).items() for s in trail]
         beside = self.beside.value if self.beside.value in [place for _, place in places] else places[0][1]
         self.shown.options, self.shown.value = steps, int(self.index.frame["step"].iloc[position])
