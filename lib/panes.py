@@ -40,7 +40,8 @@ def pane_html(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None = N
     step = "base model (step 0)" if row["step"] == 0 else f"step {int(row['step'])}"
     return (
         f'<div class="tex2jax_ignore" role="region" aria-label="Answer at step {int(row["step"])}" tabindex="0" '
-        f'style="padding:.6rem;line-height:1.5;max-height:30rem;overflow-y:auto;border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};'
+        'style="padding:.6rem;line-height:1.5;max-height:30rem;overflow-y:auto;'
+        f"border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};"
         f'background:{tables.fill(str(row["label"]))}"><b>{step}</b>, {html_text(row["run"], 80)}, sample {int(row["sample"])}<br>'
         f"<b>{html_text(tables.score_text(row))}</b>{_difference(row, other)}<br>"
         f"<small>{html_text(LABELS.get(str(row['label']), ''))}; judge {html_text(row['judge'], 60)}{_by_others(by_others)}</small>"
