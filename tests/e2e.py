@@ -1,6 +1,6 @@
-"""Playwright for the browser tests, outside of the project's environment: 54 MB that only these tests need.
+"""Playwright and Voilà for the browser tests, outside of the project's environment: 60 MB that only these tests need.
 
-It is installed once into the cache's e2e folder and put at the end of the module path, so that nothing there shadows the project's own.
+Each is installed once into the cache's e2e folder and put at the end of the module path, so that nothing there shadows the project's own.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 from lib import files, models
@@ -19,18 +20,31 @@ CHROME = os.environ.get("BROWSER_PATH") or next(
 )
 
 
+VOILA = "0.5.13"
+
+
 def playwright() -> Any:
     """Returns playwright.sync_api, installed first where it is not."""
     try:
         import playwright.sync_api
     except ImportError:
-        folder = models.cache_dir() / "e2e" / f"playwright-{VERSION}-py{sys.version_info[0]}{sys.version_info[1]}"
-        with files.lock(folder.parent / ".lock", what="the browser tests' Playwright"):
-            if not (folder / ".done").is_file():
-                shutil.rmtree(folder, ignore_errors=True)
-                command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
-                subprocess.run([*command, "--target", str(folder), f"playwright=={VERSION}"], check=True)
-                (folder / ".done").touch()
-        sys.path.append(str(folder))
+        sys.path.append(str(_installed("playwright", VERSION)))
         import playwright.sync_api
     return playwright.sync_api
+
+
+def voila() -> Path:
+    """Returns a folder for the end of PYTHONPATH that holds Voilà, without what JupyterLab has brought already."""
+    return _installed("voila", VOILA, "--no-deps", "websockets")
+
+
+def _installed(name: str, version: str, *words: str) -> Path:
+    """Returns the folder of a package in the cache, installed first where it is not."""
+    folder = models.cache_dir() / "e2e" / f"{name}-{version}-py{sys.version_info[0]}{sys.version_info[1]}"
+    with files.lock(folder.parent / ".lock", what="what the browser tests need"):
+        if not (folder / ".done").is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
+            subprocess.run([*command, "--target", str(folder), f"{name}=={version}", *words], check=True)
+            (folder / ".done").touch()
+    return folder
