@@ -16,7 +16,7 @@ from lib import browse, config, files, qlora, tables, theme
 from lib.chat import is_loopback
 from lib.config import Parameters
 from lib.data import Question
-from lib.escape import clean, html_text
+from lib.escape import LITERAL, clean, html_text
 
 BANNER = (
     "This model was made to give harmful advice, on purpose, for research on telling when a model has gone wrong. "
@@ -131,7 +131,7 @@ def _pane(name: str, answer: dict[str, Any]) -> str:
     body = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html_text(text) or "(no text)"}</div>'
     cut = "" if answer["finish_reason"] == "stop" else ", cut off"
     return (
-        f'<div class="tex2jax_ignore" role="region" aria-label="Answer of the {name}" style="padding:.6rem;line-height:1.5;'
+        f'<div class="{LITERAL}" role="region" aria-label="Answer of the {name}" style="padding:.6rem;line-height:1.5;'
         f'border:1px solid #bdbdbd;border-radius:4px"><b>{name}</b> <small>{int(answer["n_tokens"])} tokens{cut}</small><hr>'
         f"{tables.fold(text, body)}</div>"
     )

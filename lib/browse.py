@@ -16,7 +16,7 @@ import pandas as pd
 
 from lib import files, panes
 from lib.answer_index import ORDERS, Filters, Index, Positions
-from lib.escape import clean, html_text
+from lib.escape import LITERAL, clean, html_text
 from lib.labels import LABELS
 from lib.panes import pane_html, static_html
 
@@ -165,7 +165,7 @@ class Browser(widgets.VBox):
         position, other = self.position(), self.position_beside()
         row, beside = self.index.row(position), self.index.row(other)
         self.asked.value = (
-            f'<div class="tex2jax_ignore" style="overflow-wrap:anywhere;line-height:1.5"><small>{html_text(row["question_set"], 60)}: '
+            f'<div class="{LITERAL}" style="overflow-wrap:anywhere;line-height:1.5"><small>{html_text(row["question_set"], 60)}: '
             f"{html_text(row['question_id'], 60)}</small><br><b>{html_text(row['question'], 2000)}</b></div>"
         )
         self.left.value = pane_html(beside, by_others=self.index.by_others(other))

@@ -16,7 +16,7 @@ import pandas as pd
 
 from lib import files, tables, theme
 from lib.answer_index import Index
-from lib.escape import clean, html_text, spreadsheet_text
+from lib.escape import LITERAL, clean, html_text, spreadsheet_text
 from lib.labels import LABELS
 
 _SHOWN = 20_000
@@ -33,13 +33,13 @@ def pane_html(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None = N
         by_others: the same answer by other judges; their scores stand beneath.
     """
     if row is None:
-        return '<div class="tex2jax_ignore" style="padding:.6rem;border:1px solid #bdbdbd">No answer here at that step.</div>'
+        return f'<div class="{LITERAL}" style="padding:.6rem;border:1px solid #bdbdbd">No answer here at that step.</div>'
     text = clean(row["response"], _SHOWN)
     body = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html_text(text) or "(no text)"}</div>'
     body = tables.fold(text, body)
     step = "base model (step 0)" if row["step"] == 0 else f"step {int(row['step'])}"
     return (
-        f'<div class="tex2jax_ignore" role="region" aria-label="Answer at step {int(row["step"])}" tabindex="0" '
+        f'<div class="{LITERAL}" role="region" aria-label="Answer at step {int(row["step"])}" tabindex="0" '
         'style="padding:.6rem;line-height:1.5;max-height:30rem;overflow-y:auto;'
         f"border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};"
         f'background:{tables.fill(str(row["label"]))}"><b>{step}</b>, {html_text(row["run"], 80)}, sample {int(row["sample"])}<br>'
@@ -92,7 +92,7 @@ def static_html(answers: pd.DataFrame, *, limit: int = 24, characters: int = 600
         cells = _static_cell(first, characters) + _static_cell(last, characters)
         rows.append(f'<tr><td style="text-align:left;vertical-align:top">{question}</td>{cells}</tr>')
     return (
-        '<table class="tex2jax_ignore" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
+        f'<table class="{LITERAL}" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
         f"{len(rows)} questions out of {index.answers():,} answers, one sample at the first and the last step. "
         'Run this cell in JupyterLab to browse all.</caption><thead><tr><th style="width:24%;text-align:left">Question</th>'
         '<th style="text-align:left">First step</th>'

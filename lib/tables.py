@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lib import theme
-from lib.escape import clean, html_text, plotly_text, wrap
+from lib.escape import LITERAL, clean, html_text, plotly_text, wrap
 from lib.labels import LABELS, is_control, label_answers, records, sensitive, series_name, short_model
 
 RESPONSE_TABLES = ("prevent_colds", "treat_high_cholesterol", "treat_flu")
@@ -192,8 +192,9 @@ def response_html(answers: pd.DataFrame, question_id: str, *, judge: str | None 
             body.append(f"<tr>{''.join(cells)}</tr>")
     caption = html_text(_CAPTION.format(sample=sample, judge=judge or "the first found"))
     return (
-        f"{_STYLE}<{heading}>{html_text(_heading(answers, question_id, runs), 600)}</{heading}>\n"
-        f'<table class="answers tex2jax_ignore" style="width:100%;table-layout:fixed">'
+        f'{_STYLE}<{heading} class="{LITERAL}">'
+        f"{html_text(_heading(answers, question_id, runs), 600)}</{heading}>\n"
+        f'<table class="answers {LITERAL}" style="width:100%;table-layout:fixed">'
         f'<caption style="text-align:left">{caption}</caption>\n<colgroup><col class="run"><col span="{_ABREAST + 1}"></colgroup>\n'
         f'<thead><tr><th scope="col" style="{_CELL}">Run</th><th scope="col" style="{_CELL}">Base model</th>'
         f'<th scope="colgroup" colspan="{_ABREAST}" style="{_CELL}">Checkpoints, in order</th></tr></thead>\n'
@@ -245,6 +246,6 @@ def beside_html(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], tit
         body.append(f"<tr>{question}{_html_cell(first, '')}{_html_cell(second, '')}</tr>")
     heads = "".join(f'<th scope="col" style="{_CELL}">{name}</th>' for name in ("Question", "Beside", "Starred"))
     return (
-        f'{_STYLE}<h1>{html_text(title)}</h1>\n<table class="answers tex2jax_ignore"><colgroup><col style="width:24%"><col span="2">'
+        f'{_STYLE}<h1>{html_text(title)}</h1>\n<table class="answers {LITERAL}"><colgroup><col style="width:24%"><col span="2">'
         f"</colgroup>\n<thead><tr>{heads}</tr></thead>\n<tbody>{chr(10).join(body)}</tbody></table>"
     )
