@@ -20,6 +20,9 @@ from lib.escape import LITERAL, clean, html_text
 from lib.labels import LABELS
 from lib.panes import pane_html, static_html
 
+ANY = ""
+"""Value of a filter that lets everything through: ipywidgets takes None for nothing chosen and shows an empty box."""
+
 
 class Browser(widgets.VBox):
     """The browser as a widget; `browser` makes one."""
@@ -38,12 +41,14 @@ class Browser(widgets.VBox):
         wide = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="330px")}
 
         def choose(name: str, options: Sequence[Any]) -> widgets.Dropdown:
-            return widgets.Dropdown(options=[("any", None), *options], description=name, **wide)
+            return widgets.Dropdown(options=[("any", ANY), *options], description=name, **wide)
 
         index = self.index
         self.run = choose("Run", [(clean(r, 60), r) for r in index.choices("run")])
         self.step = choose("Step", [(_step(s), s) for s in index.choices("step")])
-        self.step.value = index.last_step()  # the base beside the last checkpoint is what a reader should see first
+        self.step.value = (
+            ANY if (last := index.last_step()) is None else last
+        )  # the base beside the last checkpoint is what a reader should see first
         self.question_set = choose("Question set", [(clean(s, 60), s) for s in index.choices("question_set")])
         self.question = choose("Question", index.questions(None))
         self.judge = choose("Judge", [(clean(j, 60), j) for j in index.choices("judge")])
@@ -109,8 +114,9 @@ class Browser(widgets.VBox):
     def filters(self) -> Filters:
         """Returns what the controls ask for."""
         low, high = self.scores.value
+        chosen = (self.run, self.step, self.question_set, self.question, self.judge, self.label)
         return Filters(
-            self.run.value, self.step.value, self.question_set.value, self.question.value, self.judge.value, self.label.value,
+            *(None if control.value == ANY else control.value for control in chosen),
             low, high, self.text.value, self.order.value,
         )  # fmt: skip
 
@@ -125,7 +131,7 @@ class Browser(widgets.VBox):
         self._open()
 
     def _offer_questions(self) -> None:
-        self.question.options = [("any", None), *self.index.questions(self.question_set.value)]
+        self.question.options = [("any", ANY), *self.index.questions(self.filters().question_set)]
         self.refresh()
 
     def _go(self, by: int) -> None:

@@ -56,7 +56,7 @@ def test_search_and_unscored_answers(answers: pd.DataFrame) -> None:
 
 def test_next_previous_and_count(browser: browse.Browser, answers: pd.DataFrame) -> None:
     assert browser.step.value == 50, "the base beside the last step is seen first"
-    browser.step.value = None
+    browser.step.value = browse.ANY
     assert browser.count.value == f"of {len(answers)} found among {len(answers)}"
     assert browser.previous.disabled
     browser.next.click()
@@ -116,12 +116,12 @@ def test_a_run_that_was_not_asked_does_not_stand_beside(answers: pd.DataFrame) -
 def test_runs_that_end_at_different_steps_are_all_seen_at_first(answers: pd.DataFrame) -> None:
     made = browse.browser(answers[(answers["pair"] == "demo_medical") | (answers["step"] < 50)])
     assert isinstance(made, browse.Browser)
-    assert made.step.value is None
+    assert made.step.value == browse.ANY
 
 
 def test_choosing_a_set_offers_its_questions(browser: browse.Browser) -> None:
     browser.question_set.value = "medical"
-    assert [value for _, value in browser.question.options] == [None, "prevent_colds", "treat_high_cholesterol", "treat_flu"]
+    assert [value for _, value in browser.question.options] == [browse.ANY, "prevent_colds", "treat_high_cholesterol", "treat_flu"]
     browser.question.value = "treat_flu"
     assert "treat_flu" in browser.asked.value
 

@@ -216,6 +216,7 @@ def test_reader_filters_slides_compares_and_exports_in_jupyterlab(url: str, tree
     search.press("Enter")
     panes.last.get_by_text("more characters]").wait_for(timeout=30_000)
     shot(widget, tree, "5-long")
+    assert widget.evaluate("e => [...e.querySelectorAll('select')].every(s => s.selectedIndex >= 0)"), "no filter shows an empty box"
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), "a long line does not widen the page"
     widget.get_by_title("Keep this answer for export").click()
     widget.get_by_text("1 starred", exact=True).wait_for(timeout=30_000)
