@@ -46,9 +46,8 @@ class Browser(widgets.VBox):
         index = self.index
         self.run = choose("Run", [(clean(r, 60), r) for r in index.choices("run")])
         self.step = choose("Step", [(_step(s), s) for s in index.choices("step")])
-        self.step.value = (
-            ANY if (last := index.last_step()) is None else last
-        )  # the base beside the last checkpoint is what a reader should see first
+        # The base beside the last checkpoint is what a reader should see first.
+        self.step.value = ANY if (last := index.last_step()) is None else last
         self.question_set = choose("Question set", [(clean(s, 60), s) for s in index.choices("question_set")])
         self.question = choose("Question", index.questions(None))
         self.judge = choose("Judge", [(clean(j, 60), j) for j in index.choices("judge")])
@@ -114,11 +113,11 @@ class Browser(widgets.VBox):
     def filters(self) -> Filters:
         """Returns what the controls ask for."""
         low, high = self.scores.value
-        chosen = (self.run, self.step, self.question_set, self.question, self.judge, self.label)
-        return Filters(
-            *(None if control.value == ANY else control.value for control in chosen),
-            low, high, self.text.value, self.order.value,
-        )  # fmt: skip
+        run, step, question_set, question, judge, label = (
+            None if control.value == ANY else control.value
+            for control in (self.run, self.step, self.question_set, self.question, self.judge, self.label)
+        )
+        return Filters(run, step, question_set, question, judge, label, low, high, self.text.value, self.order.value)
 
     def refresh(self) -> None:
         """Filters anew and opens the first answer found."""
