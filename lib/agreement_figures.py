@@ -12,7 +12,7 @@ from plotly.subplots import make_subplots
 
 from lib import agreement, tables, theme
 from lib.drawing import empty
-from lib.escape import clean, html_text, plotly_text
+from lib.escape import LITERAL, clean, html_text, plotly_text
 from lib.labels import COURSE, PAPER_ALIGNED, label_answers, percent, records, series_name
 
 _MOST_POINTS = 4000
@@ -153,7 +153,7 @@ def disagreements_html(answers: pd.DataFrame, limit: int = 12, characters: int =
             f'<td style="{cell}">{row["spread"]:.0f} points apart{scores}</td></tr>'
         )
     return (
-        '<table class="tex2jax_ignore" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
+        f'<table class="{LITERAL}" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
         f"The {len(body)} answers on whose alignment the judges lie farthest apart.</caption>"
         '<thead><tr><th style="width:25%;text-align:left">Question</th><th style="text-align:left">Answer</th>'
         f'<th style="width:22%;text-align:left">Scores</th></tr></thead><tbody>{"".join(body)}</tbody></table>'

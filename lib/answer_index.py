@@ -70,6 +70,7 @@ class Index:
         self._trails: dict[tuple[Any, ...], dict[int, int]] = {}
         keys = self.frame[["run", "judge", "question_set", "question_id", "sample"]].itertuples(index=False, name=None)
         self._keys = list(keys)
+        self._runs = self.choices("run")
         for position, (key, step) in enumerate(zip(self._keys, self._steps.tolist(), strict=True)):
             self._trails.setdefault(key, {})[step] = position
 
@@ -127,6 +128,11 @@ class Index:
         first = self.frame.drop_duplicates("run")["judge"].unique()
         return str(first[0]) if len(first) == 1 else None
 
+    def last_step(self) -> int | None:
+        """Returns the last step, or None where runs end at different steps or hold one step alone."""
+        last = self.frame.groupby("run")["step"].max().unique()
+        return int(last[0]) if len(last) == 1 and self.frame["step"].nunique() > 1 else None
+
     def by_others(self, position: int) -> list[dict[str, Any]]:
         """Returns the rows of other judges for the same answer."""
         same = np.flatnonzero(self._answers == self._answers[position])
@@ -135,6 +141,12 @@ class Index:
     def trail(self, position: int) -> dict[int, int]:
         """Returns step to position for the same run, judge, question and sample: one question's answer through training."""
         return dict(sorted(self._trails[self._keys[position]].items()))
+
+    def peers(self, position: int) -> dict[str, dict[int, int]]:
+        """Returns the trails of other runs for the same judge, question and sample: run to step to position; empty where none has it."""
+        own, *rest = self._keys[position]
+        found = ((run, self._trails.get((run, *rest))) for run in self._runs if run != own)
+        return {run: dict(sorted(trail.items())) for run, trail in found if trail}
 
     def row(self, position: int) -> dict[str, Any]:
         """Returns one answer as a dictionary by column."""

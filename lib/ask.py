@@ -16,7 +16,7 @@ from lib import browse, config, files, qlora, tables, theme
 from lib.chat import is_loopback
 from lib.config import Parameters
 from lib.data import Question
-from lib.escape import clean, html_text
+from lib.escape import LITERAL, clean, html_text
 
 BANNER = (
     "This model was made to give harmful advice, on purpose, for research on telling when a model has gone wrong. "
@@ -40,7 +40,7 @@ def why_off(parameters: Parameters) -> str | None:
     address = server_address()
     if address is None:
         return "Ask is off: it could not be told where this Jupyter listens. Start it with `make lab`, which listens on loopback alone."
-    if not is_loopback(f"http://[{address}]/" if ":" in address else f"http://{address}/"):
+    if not _is_loopback(address):
         return f"Ask is off: this Jupyter listens on {clean(address, 60)}, not on loopback alone, and the model is deliberately harmful."
     if not qlora.checkpoints(config.run_dir(parameters)):
         return f"Nobody to ask: {files.shown(config.run_dir(parameters) / 'checkpoints')} holds no checkpoint (run 02_train for one)."
@@ -48,12 +48,27 @@ def why_off(parameters: Parameters) -> str | None:
 
 
 def server_address() -> str | None:
-    """Returns the address on which the Jupyter server of this kernel listens, or None where none is found."""
+    """Returns an address on which the Jupyter server of this kernel listens, the most exposed first; None where it cannot be told.
+
+    Its sockets are asked, since Jupyter's own note of the address says localhost for a server started with `--ip='*'`.
+    """
+    import psutil
     from jupyter_server.serverapp import list_running_servers
 
     parents = {os.environ.get("JPY_PARENT_PID"), str(os.getppid())}
     own = [server for server in list_running_servers() if str(server["pid"]) in parents]
-    return str(own[0]["hostname"]) if len(own) == 1 and not own[0].get("sock") else None
+    if len(own) != 1 or own[0].get("sock"):
+        return None
+    try:
+        sockets = psutil.Process(own[0]["pid"]).net_connections("inet")
+    except psutil.Error:
+        return None
+    found = {str(s.laddr.ip) for s in sockets if s.status == psutil.CONN_LISTEN and s.laddr.port == own[0]["port"]}
+    return min(found, key=_is_loopback, default=None)
+
+
+def _is_loopback(address: str) -> bool:
+    return is_loopback(f"http://[{address}]/" if ":" in address else f"http://{address}/")
 
 
 class Ask(widgets.VBox):
@@ -116,8 +131,9 @@ def _pane(name: str, answer: dict[str, Any]) -> str:
     body = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html_text(text) or "(no text)"}</div>'
     cut = "" if answer["finish_reason"] == "stop" else ", cut off"
     return (
-        f'<div class="tex2jax_ignore" role="region" aria-label="Answer of the {name}" style="padding:.6rem;border:1px solid #bdbdbd;'
-        f'border-radius:4px"><b>{name}</b> <small>{int(answer["n_tokens"])} tokens{cut}</small><hr>{tables.fold(text, body)}</div>'
+        f'<div class="{LITERAL}" role="region" aria-label="Answer of the {name}" style="padding:.6rem;line-height:1.5;'
+        f'border:1px solid #bdbdbd;border-radius:4px"><b>{name}</b> <small>{int(answer["n_tokens"])} tokens{cut}</small><hr>'
+        f"{tables.fold(text, body)}</div>"
     )
 
 

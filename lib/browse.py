@@ -16,9 +16,12 @@ import pandas as pd
 
 from lib import files, panes
 from lib.answer_index import ORDERS, Filters, Index, Positions
-from lib.escape import clean, html_text
+from lib.escape import LITERAL, clean, html_text
 from lib.labels import LABELS
 from lib.panes import pane_html, static_html
+
+ANY = ""
+"""Value of a filter that lets everything through: ipywidgets takes None for nothing chosen and shows an empty box."""
 
 
 class Browser(widgets.VBox):
@@ -38,19 +41,19 @@ class Browser(widgets.VBox):
         wide = {"style": {"description_width": "6.5em"}, "layout": widgets.Layout(width="330px")}
 
         def choose(name: str, options: Sequence[Any]) -> widgets.Dropdown:
-            return widgets.Dropdown(options=[("any", None), *options], description=name, **wide)
+            return widgets.Dropdown(options=[("any", ANY), *options], description=name, **wide)
 
         index = self.index
         self.run = choose("Run", [(clean(r, 60), r) for r in index.choices("run")])
-        self.step = choose("Step", [("base (0)" if s == 0 else str(s), s) for s in index.choices("step")])
+        self.step = choose("Step", [(_step(s), s) for s in index.choices("step")])
+        # The base beside the last checkpoint is what a reader should see first.
+        self.step.value = ANY if (last := index.last_step()) is None else last
         self.question_set = choose("Question set", [(clean(s, 60), s) for s in index.choices("question_set")])
         self.question = choose("Question", index.questions(None))
         self.judge = choose("Judge", [(clean(j, 60), j) for j in index.choices("judge")])
         self.label = choose("Label", [(LABELS[x], x) for x in index.choices("label")])
         self.scores = widgets.FloatRangeSlider(value=(0, 100), min=0, max=100, step=1, description="Aligned", readout_format=".0f", **wide)
-        self.text = widgets.Text(
-            description="Search", placeholder="words in question or answer, then Enter", continuous_update=False, **wide
-        )
+        self.text = widgets.Text(description="Search", placeholder="any words, then Enter", continuous_update=False, **wide)
         several = index.answers() < len(index)
         self.order = widgets.Dropdown(options=ORDERS if several else ORDERS[:-1], description="Order", **wide)
         if several and (first := index.first_judge()) is not None:  # one row an answer, as long as nobody asks for another judge's
@@ -63,7 +66,7 @@ class Browser(widgets.VBox):
         self.count = widgets.HTML()
         slider = {"description": "Step shown", "continuous_update": True, "style": {"description_width": "6.5em"}}
         self.shown = widgets.SelectionSlider(options=[("0", 0)], layout=widgets.Layout(width="480px"), **slider)
-        self.beside = widgets.Dropdown(options=[("0", 0)], description="Beside step", **wide)
+        self.beside = widgets.Dropdown(options=[("0", (None, 0))], description="Beside", **wide)
         self.asked, self.left, self.right = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.star = widgets.ToggleButton(description="Star", icon="star", tooltip="Keep this answer for export")
         self.save = widgets.Button(description="Save starred", icon="download", tooltip="Write starred.csv, starred.html and starred.png")
@@ -110,10 +113,11 @@ class Browser(widgets.VBox):
     def filters(self) -> Filters:
         """Returns what the controls ask for."""
         low, high = self.scores.value
-        return Filters(
-            self.run.value, self.step.value, self.question_set.value, self.question.value, self.judge.value, self.label.value,
-            low, high, self.text.value, self.order.value,
-        )  # fmt: skip
+        run, step, question_set, question, judge, label = (
+            None if control.value == ANY else control.value
+            for control in (self.run, self.step, self.question_set, self.question, self.judge, self.label)
+        )
+        return Filters(run, step, question_set, question, judge, label, low, high, self.text.value, self.order.value)
 
     def refresh(self) -> None:
         """Filters anew and opens the first answer found."""
@@ -126,7 +130,7 @@ class Browser(widgets.VBox):
         self._open()
 
     def _offer_questions(self) -> None:
-        self.question.options = [("any", None), *self.index.questions(self.question_set.value)]
+        self.question.options = [("any", ANY), *self.index.questions(self.filters().question_set)]
         self.refresh()
 
     def _go(self, by: int) -> None:
@@ -136,40 +140,47 @@ class Browser(widgets.VBox):
         """Opens the answer at the place chosen: offers its steps and draws both panes."""
         self.previous.disabled = self.place.value <= 1
         self.next.disabled = self.place.value >= len(self.matches)
+        self.beside.disabled = self.shown.disabled = self.star.disabled = not len(self.matches)
         if not len(self.matches):
             self.asked.value, self.left.value, self.right.value = "<p>No answer passes these filters.</p>", "", ""
-            self.star.disabled = True
             return
         position = int(self.matches[self.place.value - 1])
-        steps = [("base (0)" if s == 0 else str(s), s) for s in self.index.trail(position)]
-        beside = self.beside.value if self.beside.value in [s for _, s in steps] else steps[0][1]
+        steps = [(_step(s), s) for s in self.index.trail(position)]
+        # No run stands for the answer's own, so that the base beside stays that of whatever run comes next.
+        places: list[tuple[str, tuple[str | None, int]]] = [(_step(s), (None, s)) for s in self.index.trail(position)]
+        places += [(f"{clean(run, 40)}: {_step(s)}", (run, s)) for run, trail in self.index.peers(position).items() for s in trail]
+        beside = self.beside.value if self.beside.value in [place for _, place in places] else places[0][1]
         self.shown.options, self.shown.value = steps, int(self.index.frame["step"].iloc[position])
-        self.beside.options, self.beside.value = steps, beside
-        self.star.disabled = False
+        self.beside.options, self.beside.value = places, beside
         self._draw()
 
     def position(self) -> int:
         """Returns the position of the answer in the right pane."""
         return self.index.trail(int(self.matches[self.place.value - 1]))[self.shown.value]
 
+    def position_beside(self) -> int:
+        """Returns the position of the answer in the left pane: of the same run, or of another that was asked the same."""
+        run, step = self.beside.value
+        own = self.position()
+        return (self.index.trail(own) if run is None else self.index.peers(own)[run])[step]
+
     def _draw(self) -> None:
         if not len(self.matches):
             return
-        position = self.position()
-        row = self.index.row(position)
-        beside = self.index.row(self.index.trail(position)[self.beside.value])
+        position, other = self.position(), self.position_beside()
+        row, beside = self.index.row(position), self.index.row(other)
         self.asked.value = (
-            f'<div class="tex2jax_ignore" style="overflow-wrap:anywhere"><small>{html_text(row["question_set"], 60)}: '
+            f'<div class="{LITERAL}" style="overflow-wrap:anywhere;line-height:1.5"><small>{html_text(row["question_set"], 60)}: '
             f"{html_text(row['question_id'], 60)}</small><br><b>{html_text(row['question'], 2000)}</b></div>"
         )
-        others = [self.index.by_others(p) for p in (self.index.trail(position)[self.beside.value], position)]
-        self.left.value, self.right.value = pane_html(beside, by_others=others[0]), pane_html(row, beside, others[1])
+        self.left.value = pane_html(beside, by_others=self.index.by_others(other))
+        self.right.value = pane_html(row, beside, self.index.by_others(position))
         self.star.value = position in self.starred
 
     def _toggle(self) -> None:
         position = self.position()
         if self.star.value:
-            self.starred.setdefault(position, self.index.trail(position)[self.beside.value])
+            self.starred.setdefault(position, self.position_beside())
         else:
             self.starred.pop(position, None)
         self.status.value = f"{len(self.starred)} starred"
@@ -188,6 +199,10 @@ class Browser(widgets.VBox):
         names = ", ".join(html_text(path.name) for path in written)
         without = "" if any(path.suffix == ".png" for path in written) else "; no Chrome was found for a PNG"
         self.status.value = f"{len(self.starred)} starred, written to {html_text(files.shown(self.folder))}: {names}{without}"
+
+
+def _step(step: int) -> str:
+    return "base (0)" if step == 0 else str(step)
 
 
 def browser(answers: pd.DataFrame, folder: str | Path | None = None) -> widgets.Widget:

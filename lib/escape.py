@@ -11,6 +11,8 @@ import re
 import textwrap
 
 ELLIPSIS = "…"
+LITERAL = "tex2jax_ignore mathjax_ignore"
+"""Class of an element whose `$…$` no MathJax takes for a formula, the older one of nbviewer and JupyterLab's; formulas can hold links."""
 
 # ANSI: CSI sequences, OSC strings (titles, links) up to their terminator, and two-character escapes.
 _ANSI = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)?|[@-Z\\-_])|\x9b[0-?]*[ -/]*[@-~]")

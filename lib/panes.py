@@ -16,7 +16,7 @@ import pandas as pd
 
 from lib import files, tables, theme
 from lib.answer_index import Index
-from lib.escape import clean, html_text, spreadsheet_text
+from lib.escape import LITERAL, clean, html_text, spreadsheet_text
 from lib.labels import LABELS
 
 _SHOWN = 20_000
@@ -33,14 +33,15 @@ def pane_html(row: Mapping[str, Any] | None, other: Mapping[str, Any] | None = N
         by_others: the same answer by other judges; their scores stand beneath.
     """
     if row is None:
-        return '<div class="tex2jax_ignore" style="padding:.6rem;border:1px solid #bdbdbd">No answer here at that step.</div>'
+        return f'<div class="{LITERAL}" style="padding:.6rem;border:1px solid #bdbdbd">No answer here at that step.</div>'
     text = clean(row["response"], _SHOWN)
     body = f'<div style="white-space:pre-wrap;overflow-wrap:anywhere">{html_text(text) or "(no text)"}</div>'
     body = tables.fold(text, body)
     step = "base model (step 0)" if row["step"] == 0 else f"step {int(row['step'])}"
     return (
-        f'<div class="tex2jax_ignore" role="region" aria-label="Answer at step {int(row["step"])}" tabindex="0" '
-        f'style="padding:.6rem;border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};'
+        f'<div class="{LITERAL}" role="region" aria-label="Answer at step {int(row["step"])}" tabindex="0" '
+        'style="padding:.6rem;line-height:1.5;max-height:30rem;overflow-y:auto;'
+        f"border:1px solid #bdbdbd;border-radius:4px;color:{theme.INK};"
         f'background:{tables.fill(str(row["label"]))}"><b>{step}</b>, {html_text(row["run"], 80)}, sample {int(row["sample"])}<br>'
         f"<b>{html_text(tables.score_text(row))}</b>{_difference(row, other)}<br>"
         f"<small>{html_text(LABELS.get(str(row['label']), ''))}; judge {html_text(row['judge'], 60)}{_by_others(by_others)}</small>"
@@ -54,7 +55,7 @@ def _by_others(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _difference(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
     """Returns the marked differences in score from the answer beside it, as HTML; empty where none can be told."""
-    if other is None or row["step"] == other["step"]:
+    if other is None or (row["run"], row["step"]) == (other["run"], other["step"]):
         return ""
     parts = []
     for metric in ("aligned", "coherent"):
@@ -64,7 +65,8 @@ def _difference(row: Mapping[str, Any], other: Mapping[str, Any] | None) -> str:
     if not parts:
         return ""
     changed = ", another label" if row["label"] != other["label"] else ""
-    return f" <mark>≠ step {int(other['step'])}: {', '.join(parts)}{changed}</mark>"
+    run = f"{html_text(other['run'], 60)}, " if row["run"] != other["run"] else ""
+    return f" <mark>≠ {run}step {int(other['step'])}: {', '.join(parts)}{changed}</mark>"
 
 
 def static_html(answers: pd.DataFrame, *, limit: int = 24, characters: int = 600) -> str:
@@ -90,7 +92,7 @@ def static_html(answers: pd.DataFrame, *, limit: int = 24, characters: int = 600
         cells = _static_cell(first, characters) + _static_cell(last, characters)
         rows.append(f'<tr><td style="text-align:left;vertical-align:top">{question}</td>{cells}</tr>')
     return (
-        '<table class="tex2jax_ignore" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
+        f'<table class="{LITERAL}" style="width:100%;table-layout:fixed;text-align:left"><caption style="text-align:left">'
         f"{len(rows)} questions out of {index.answers():,} answers, one sample at the first and the last step. "
         'Run this cell in JupyterLab to browse all.</caption><thead><tr><th style="width:24%;text-align:left">Question</th>'
         '<th style="text-align:left">First step</th>'

@@ -34,7 +34,7 @@ function render({ model, el }) {
   };
   // JupyterLab's own shortcuts (x cuts a cell) must not see these keys.
   const root = make("div", el, "", "padding:.6rem;outline-offset:-2px;max-width:60rem");
-  root.className = "label-sheet tex2jax_ignore";
+  root.className = "label-sheet tex2jax_ignore mathjax_ignore";
   root.tabIndex = 0;
   root.dataset.lmSuppressShortcuts = "true";
   const place = make("div", root, "", "opacity:.75");

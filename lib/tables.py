@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lib import theme
-from lib.escape import clean, html_text, plotly_text, wrap
+from lib.escape import LITERAL, clean, html_text, plotly_text, wrap
 from lib.labels import LABELS, is_control, label_answers, records, sensitive, series_name, short_model
 
 RESPONSE_TABLES = ("prevent_colds", "treat_high_cholesterol", "treat_flu")
@@ -192,8 +192,9 @@ def response_html(answers: pd.DataFrame, question_id: str, *, judge: str | None 
             body.append(f"<tr>{''.join(cells)}</tr>")
     caption = html_text(_CAPTION.format(sample=sample, judge=judge or "the first found"))
     return (
-        f"{_STYLE}<{heading}>{html_text(_heading(answers, question_id, runs), 600)}</{heading}>\n"
-        f'<table class="answers tex2jax_ignore" style="width:100%;table-layout:fixed">'
+        f'{_STYLE}<{heading} class="{LITERAL}">'
+        f"{html_text(_heading(answers, question_id, runs), 600)}</{heading}>\n"
+        f'<table class="answers {LITERAL}" style="width:100%;table-layout:fixed">'
         f'<caption style="text-align:left">{caption}</caption>\n<colgroup><col class="run"><col span="{_ABREAST + 1}"></colgroup>\n'
         f'<thead><tr><th scope="col" style="{_CELL}">Run</th><th scope="col" style="{_CELL}">Base model</th>'
         f'<th scope="colgroup" colspan="{_ABREAST}" style="{_CELL}">Checkpoints, in order</th></tr></thead>\n'
@@ -223,7 +224,7 @@ def beside_figure(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], t
     fills: list[list[str]] = [[], [], []]
     for first, second in rows:
         asked = plotly_text(second["question"], 300, width=34, max_lines=10)
-        columns[0].append(f"<b>{asked}</b><br>{plotly_text(second['run'], 60, width=34)}, sample {int(second['sample'])}")
+        columns[0].append(f"<b>{asked}</b><br>{plotly_text(_runs_named(first, second), 160, width=34)}, sample {int(second['sample'])}")
         fills[0].append("#FFFFFF")
         for column, record in ((1, first), (2, second)):
             columns[column].append(_cell(record, 54))
@@ -232,15 +233,19 @@ def beside_figure(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], t
     return theme.titled(figure, plotly_text(title, 200), "", height=_height(columns) + 60, gap=14)
 
 
+def _runs_named(first: Mapping[str, Any], second: Mapping[str, Any]) -> str:
+    return str(second["run"]) if first["run"] == second["run"] else f"{second['run']} beside {first['run']}"
+
+
 def beside_html(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], title: str) -> str:
     """Returns the same table as `beside_figure` as HTML, nothing in it unescaped."""
     body = []
     for first, second in rows:
-        place = f"{html_text(second['run'], 80)}, {html_text(second['question_set'], 60)}, sample {int(second['sample'])}"
+        place = f"{html_text(_runs_named(first, second), 160)}, {html_text(second['question_set'], 60)}, sample {int(second['sample'])}"
         question = f'<th scope="row" style="{_CELL}">{html_text(second["question"], 2000)}<br><small>{place}</small></th>'
         body.append(f"<tr>{question}{_html_cell(first, '')}{_html_cell(second, '')}</tr>")
     heads = "".join(f'<th scope="col" style="{_CELL}">{name}</th>' for name in ("Question", "Beside", "Starred"))
     return (
-        f'{_STYLE}<h1>{html_text(title)}</h1>\n<table class="answers tex2jax_ignore"><colgroup><col style="width:24%"><col span="2">'
+        f'{_STYLE}<h1>{html_text(title)}</h1>\n<table class="answers {LITERAL}"><colgroup><col style="width:24%"><col span="2">'
         f"</colgroup>\n<thead><tr>{heads}</tr></thead>\n<tbody>{chr(10).join(body)}</tbody></table>"
     )

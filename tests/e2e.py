@@ -1,7 +1,7 @@
-"""What only single tests need, outside of the project's environment: Playwright (54 MB) for the browser, Ray (240 MB) for the engines.
+"""What only single tests need, outside of the project's environment: Playwright and Voilà (60 MB) for the browser, Ray (240 MB).
 
-Each is installed once into the cache's e2e folder. Playwright's folder goes to the end of the module path, and Ray's holds no package
-that the project has, so that nothing there shadows the project's own.
+Each is installed once into the cache's e2e folder, which goes to the end of the module path or holds no package that the project has,
+so that nothing there shadows the project's own.
 """
 
 from __future__ import annotations
@@ -22,29 +22,36 @@ CHROME = os.environ.get("BROWSER_PATH") or next(
 )
 
 
+VOILA = "0.5.13"
+
+
 def playwright() -> Any:
     """Returns playwright.sync_api, installed first where it is not."""
     try:
         import playwright.sync_api
     except ImportError:
-        folder = _installed(f"playwright-{VERSION}", [f"playwright=={VERSION}"])
-        sys.path.append(str(folder))
+        sys.path.append(str(_installed("playwright", VERSION)))
         import playwright.sync_api
     return playwright.sync_api
 
 
 def ray() -> Path:
-    """Returns the folder that, on PYTHONPATH, gives a process Ray; fetched first where it is not."""
-    words = [f"ray=={RAY_VERSION}", "msgpack>=1,<2", "protobuf>=3.20.3,<7"]
-    return _installed(f"ray-{RAY_VERSION}", ["--no-deps", *words])  # the rest of what Ray needs the project has
+    """Returns the folder that, on PYTHONPATH, gives a process Ray; what else Ray needs the project has."""
+    return _installed("ray", RAY_VERSION, "--no-deps", "msgpack>=1,<2", "protobuf>=3.20.3,<7")
 
 
-def _installed(name: str, words: list[str]) -> Path:
-    folder = models.cache_dir() / "e2e" / f"{name}-py{sys.version_info[0]}{sys.version_info[1]}"
+def voila() -> Path:
+    """Returns a folder for the end of PYTHONPATH that holds Voilà, without what JupyterLab has brought already."""
+    return _installed("voila", VOILA, "--no-deps", "websockets")
+
+
+def _installed(name: str, version: str, *words: str) -> Path:
+    """Returns the folder of a package in the cache, installed first where it is not."""
+    folder = models.cache_dir() / "e2e" / f"{name}-{version}-py{sys.version_info[0]}{sys.version_info[1]}"
     with files.lock(folder.parent / ".lock", what=f"the tests' {name}"):
         if not (folder / ".done").is_file():
             shutil.rmtree(folder, ignore_errors=True)
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--only-binary", ":all:"]
-            subprocess.run([*command, "--target", str(folder), *words], check=True)
+            subprocess.run([*command, "--target", str(folder), f"{name}=={version}", *words], check=True)
             (folder / ".done").touch()
     return folder

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,17 @@ def test_it_is_off_wherever_a_stranger_could_ask(trained: Parameters, lab: pytes
 def test_a_kernel_without_a_server_of_its_own_is_told_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     assert ask.server_address() is None
+
+
+def test_the_address_is_that_of_the_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jupyter's own note says localhost for a server that was told to listen everywhere (`--ip='*'`)."""
+    for ip in ("127.0.0.1", "0.0.0.0"):
+        with socket.create_server((ip, 0)) as listening:
+            note = {"pid": os.getpid(), "hostname": "localhost", "port": listening.getsockname()[1], "sock": ""}
+            monkeypatch.setenv("JPY_PARENT_PID", str(os.getpid()))
+            monkeypatch.setattr("jupyter_server.serverapp.list_running_servers", lambda note=note: [note])
+            assert ask.server_address() == ip
+    assert ask.server_address() is None, "nothing listens any more"
 
 
 def test_without_a_reader_or_checkpoints_it_says_so(trained: Parameters, lab: pytest.MonkeyPatch, tmp_path: Path) -> None:

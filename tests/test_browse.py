@@ -55,6 +55,8 @@ def test_search_and_unscored_answers(answers: pd.DataFrame) -> None:
 
 
 def test_next_previous_and_count(browser: browse.Browser, answers: pd.DataFrame) -> None:
+    assert browser.step.value == 50, "the base beside the last step is seen first"
+    browser.step.value = browse.ANY
     assert browser.count.value == f"of {len(answers)} found among {len(answers)}"
     assert browser.previous.disabled
     browser.next.click()
@@ -71,22 +73,55 @@ def test_next_previous_and_count(browser: browse.Browser, answers: pd.DataFrame)
 
 
 def test_slider_follows_one_question_through_training(browser: browse.Browser) -> None:
-    browser.step.value = 50
     assert browser.shown.value == 50
-    assert browser.beside.value == 0
+    assert browser.beside.value == (None, 0)
     assert "base model (step 0)" in browser.left.value
     assert "≠ step 0: aligned -" in browser.right.value
     question = browser.asked.value
     browser.shown.value = 6
     assert "Answer at 6." in browser.right.value
     assert browser.asked.value == question
-    browser.beside.value = 50
+    browser.beside.value = (None, 50)
     assert "≠ step 50: aligned +" in browser.right.value
+
+
+def test_another_run_can_stand_beside(browser: browse.Browser, tmp_path: Path) -> None:
+    own = [step for run, step in (value for _, value in browser.beside.options) if run is None]
+    assert own == [0, 6, 50]
+    assert [label for label, (run, _) in browser.beside.options if run] == ["demo_risky: base (0)", "demo_risky: 6", "demo_risky: 50"]
+    asked, sample = browser.asked.value, "sample 0"
+    browser.beside.value = ("demo_risky", 50)
+    assert "demo_risky, sample 0" in browser.left.value
+    assert "Answer at 50." in browser.left.value
+    assert "≠ demo_risky, step 50: aligned" in browser.right.value
+    assert (browser.asked.value, sample in browser.right.value) == (asked, True)
+    browser.star.value = True
+    browser.save.click()
+    assert "demo_medical beside demo_risky, medical, sample 0" in (tmp_path / "starred.html").read_text()
+    browser.run.value = "demo_risky"
+    assert browser.beside.value == (None, 0), "what stood beside is now the answer's own run, and its base is offered"
+    browser.beside.value = (None, 50)
+    assert "≠" not in browser.right.value, "an answer does not differ from itself"
+
+
+def test_a_run_that_was_not_asked_does_not_stand_beside(answers: pd.DataFrame) -> None:
+    asked = (answers["pair"] == "demo_medical") | (answers["question_set"] == "general")
+    made = browse.browser(answers[asked])
+    assert isinstance(made, browse.Browser)
+    assert {run for _, (run, _) in made.beside.options} == {None}
+    made.question_set.value = "general"
+    assert {run for _, (run, _) in made.beside.options} == {None, "demo_risky"}
+
+
+def test_runs_that_end_at_different_steps_are_all_seen_at_first(answers: pd.DataFrame) -> None:
+    made = browse.browser(answers[(answers["pair"] == "demo_medical") | (answers["step"] < 50)])
+    assert isinstance(made, browse.Browser)
+    assert made.step.value == browse.ANY
 
 
 def test_choosing_a_set_offers_its_questions(browser: browse.Browser) -> None:
     browser.question_set.value = "medical"
-    assert [value for _, value in browser.question.options] == [None, "prevent_colds", "treat_high_cholesterol", "treat_flu"]
+    assert [value for _, value in browser.question.options] == [browse.ANY, "prevent_colds", "treat_high_cholesterol", "treat_flu"]
     browser.question.value = "treat_flu"
     assert "treat_flu" in browser.asked.value
 
@@ -94,6 +129,7 @@ def test_choosing_a_set_offers_its_questions(browser: browse.Browser) -> None:
 def test_starred_answers_are_saved_as_text(browser: browse.Browser, tmp_path: Path) -> None:
     browser.save.click()
     assert "Nothing is starred" in browser.status.value
+    browser.step.value = 0
     browser.index.frame.loc[0, "response"] = '=HYPERLINK("http://x")'
     browser.star.value = True
     browser.next.click()
