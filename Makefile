@@ -33,7 +33,7 @@ chrome:
 	else echo "No Chrome found: figures are written as HTML only. For PNGs install chromium (apt-get install chromium), then run the study again."; fi
 
 study: $(SETUP)  ## set up everything and run the demo study end to end; figures land in results/
-	@$(BIN)/study run demo
+	@$(BIN)/study run demo --jobs 2
 
 test: $(SETUP)  ## set up everything and run all checks and tests
 	@$(MAKE) --no-print-directory check

@@ -17,12 +17,10 @@ from lib import files, models
 
 VERSION = "1.65.2"
 RAY_VERSION = "2.60.0"
+VOILA = "0.5.13"
 CHROME = os.environ.get("BROWSER_PATH") or next(
     filter(None, map(shutil.which, ("chromium", "google-chrome", "google-chrome-stable", "chromium-browser"))), None
 )
-
-
-VOILA = "0.5.13"
 
 
 def playwright() -> Any:
