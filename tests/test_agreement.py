@@ -217,6 +217,8 @@ def test_browser_shows_each_answer_once_and_orders_by_disagreement(tmp_path: Pat
     made = browse.browser(answers, tmp_path)
     assert isinstance(made, browse.Browser)
     assert made.judge.value == FIRST
+    assert made.step.value == answers["step"].max()
+    made.step.value = browse.ANY
     assert len(made.matches) == len(answers) // 2
     made.order.value = answer_index.ORDERS[-1]
     assert int(made.matches[0]) == 7

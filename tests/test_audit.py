@@ -43,11 +43,12 @@ def audit(service: str, *words: str) -> dict[str, Any] | None:
     """Returns pip-audit's report of a file of pins, or None where the service cannot be reached."""
     line = [str(tools.venv("pip-audit==2.10.1") / "bin" / "pip-audit"), "--vulnerability-service", service, "--timeout", "10"]
     line += ["--disable-pip", "--progress-spinner", "off", "--desc", "off", "--format", "json", *words]
-    done = subprocess.run(line, capture_output=True, text=True)
+    done = subprocess.run(line, env=tools.index(), capture_output=True, text=True)
     try:
         return dict(json.loads(done.stdout))
     except ValueError:
-        assert "ConnectionError" in done.stderr or "Could not connect" in done.stderr, done.stderr[-2000:]
+        unreachable = ("ConnectionError", "Could not connect", "SSLError", "Timeout", "ProxyError")
+        assert any(name in done.stderr for name in unreachable), done.stderr[-2000:]
         return None
 
 

@@ -18,10 +18,17 @@ UV = "uv==0.13.9"
 
 
 def index() -> dict[str, str]:
-    """Returns the environment in which uv asks the index that pip asks."""
-    set_ = subprocess.run([sys.executable, "-m", "pip", "config", "get", "global.index-url"], capture_output=True, text=True)
-    url = os.environ.get("PIP_INDEX_URL") or (set_.stdout.strip() if set_.returncode == 0 else "")
-    return os.environ | ({"UV_DEFAULT_INDEX": url} if url else {})
+    """Returns the environment in which uv and pip-audit ask the index that pip asks, by the certificates that pip trusts."""
+    cert = _pip("cert")
+    found = {"UV_DEFAULT_INDEX": _pip("index-url"), "UV_SYSTEM_CERTS": "1", "SSL_CERT_FILE": cert, "REQUESTS_CA_BUNDLE": cert}
+    return os.environ | {name: value for name, value in found.items() if value}
+
+
+def _pip(name: str) -> str:
+    """Returns a setting of pip from the environment or its files, or nothing."""
+    own = os.environ.get(f"PIP_{name.upper().replace('-', '_')}")
+    asked = [sys.executable, "-m", "pip", "config", "get", f"global.{name}"]
+    return own or subprocess.run(asked, capture_output=True, text=True).stdout.strip()
 
 
 def uv() -> Path:
