@@ -257,7 +257,7 @@ def test_ctrl_c_ends_the_tasks(tmp_path: Path) -> None:
         children = psutil.Process(process.pid).children(recursive=True)
         kernel = provenance.read_record(results / "demo_medical", "01_data")["kernel"]  # type: ignore[index]
         process.send_signal(signal.SIGINT)
-        _, error = process.communicate(timeout=60)
+        _, error = process.communicate(timeout=180)
     finally:
         process.kill()
         process.wait()
