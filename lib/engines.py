@@ -91,8 +91,11 @@ def threads(options: argparse.Namespace, runs: Sequence[Run]) -> str | None:
     """
     if options.address:
         return os.environ.get("OMP_NUM_THREADS")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // min(options.jobs or len(runs), len(runs))))
+    return os.environ.get("OMP_NUM_THREADS") or str(max(1, _cores() // min(options.jobs or len(runs), len(runs))))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def end_with_parent() -> None:
@@ -282,7 +285,7 @@ def connected(options: argparse.Namespace, runs: Sequence[Run], say: Say) -> Ite
     if address == "local":
         # Ray gives a node its outer address unless this says that the node is alone; then all its ports are on loopback.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        cpus = max(os.cpu_count() or 1, options.jobs or 1)
+        cpus = max(_cores(), options.jobs or 1)
         given |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 80 * 1024**2}
     else:
         _look_at(address)

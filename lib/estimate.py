@@ -17,9 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lib import adapters, memory, models, qlora
 from lib.config import Parameters
 from lib.files import StudyError
-from lib.memory import Shape as Shape
-from lib.memory import peak_memory as peak_memory
-from lib.memory import shape as shape
+from lib.memory import Shape
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +61,7 @@ def estimate(parameters: Parameters, rows: Sequence[dict[str, Any]], *, calibrat
     schedule = qlora.plan(p, len(rows))
     lengths = [len(row["input_ids"]) for row in encoded]
     tokens = round(sum(lengths) / len(lengths) * min(len(lengths), schedule.steps_per_epoch * _rows_a_step(p)) * p.num_epochs)
-    counted = shape(config, p)
+    counted = memory.shape(config, p)
     free, device = memory.free(p)
     p = memory.settle(p, counted, encoded, free)
     needed = memory.needed(p, counted, encoded)

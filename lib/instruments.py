@@ -86,6 +86,9 @@ def parts(table: pd.DataFrame, mix: bool = False, *, questions: bool = False) ->
     Yields:
         The instrument's name (`MIXED` and all names where several are together) and its rows.
     """
+    if mix:
+        yield described(table), table
+        return
     key = of(table)
     if questions and "question_hash" in table:
         asked = table.groupby(["pair", "seed"], sort=False)  # the steps of a run need not be those of another
@@ -94,9 +97,6 @@ def parts(table: pd.DataFrame, mix: bool = False, *, questions: bool = False) ->
         key = key + signature.map(
             {sign: "" if number == 0 else f" questions {sign[:8]}" for number, sign in enumerate(dict.fromkeys(signature))}
         )
-    if mix:
-        yield described(table), table
-        return
     for name, part in table.groupby(key, sort=False):
         yield str(name), part
 

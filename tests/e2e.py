@@ -10,6 +10,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,28 @@ def playwright() -> Any:
         sys.path.append(str(_installed("playwright", VERSION)))
         import playwright.sync_api
     return playwright.sync_api
+
+
+@contextmanager
+def chromium() -> Iterator[Any]:
+    """Gives a headless Chromium."""
+    with playwright().sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROME, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@contextmanager
+def watched(browser: Any, allowed: Callable[[str], bool], **options: Any) -> Iterator[Any]:
+    """Gives a page whose `troubles` lists what should never happen: dialogs, errors, requests for addresses that are not allowed."""
+    page = browser.new_context(**options).new_page()
+    page.troubles = []
+    page.on("dialog", lambda d: (page.troubles.append(f"dialog: {d.message}"), d.dismiss()))
+    page.on("pageerror", lambda e: page.troubles.append(f"error: {e}"))
+    page.on("console", lambda m: page.troubles.append(m.text) if m.type == "error" else None)
+    page.on("request", lambda r: None if allowed(r.url) else page.troubles.append(r.url))
+    yield page
+    page.context.close()
 
 
 def ray() -> Path:

@@ -27,23 +27,15 @@ def study() -> tuple[pd.DataFrame, dict[str, Any], dict[str, str]]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with e2e.playwright().sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=e2e.CHROME, args=["--no-sandbox"])
+    with e2e.chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(chromium: Any) -> Iterator[Any]:
-    """A page without a network that records what should never happen: dialogs, errors, requests."""
-    opened = chromium.new_context(offline=True, viewport={"width": 1250, "height": 900}).new_page()
-    opened.troubles = []
-    opened.on("dialog", lambda d: (opened.troubles.append(f"dialog: {d.message}"), d.dismiss()))
-    opened.on("pageerror", lambda e: opened.troubles.append(f"error: {e}"))
-    opened.on("console", lambda m: opened.troubles.append(m.text) if m.type == "error" else None)
-    opened.on("request", lambda r: opened.troubles.append(r.url) if r.url.startswith("http") else None)
-    yield opened
-    opened.context.close()
+    """A page without a network."""
+    with e2e.watched(chromium, lambda url: not url.startswith("http"), offline=True, viewport={"width": 1250, "height": 900}) as opened:
+        yield opened
 
 
 def test_report_opens_filters_and_runs_nothing(study: tuple[Any, ...], page: Any, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ def test_a_shape_counts_what_the_loaded_model_has(tiny_llama: Path, tmp_path: Pa
 
     p = parameters(tiny_llama, tmp_path, use_4bit=False)
     model = models.load_base(p)
-    found = estimate.shape(AutoConfig.from_pretrained(tiny_llama), p)
+    found = memory.shape(AutoConfig.from_pretrained(tiny_llama), p)
     assert found.linear + found.other == sum(weight.numel() for weight in model.parameters())
     trained = adapters.add_lora(model, p)
     assert found.lora == sum(weight.numel() for weight in trained.parameters() if weight.requires_grad)
@@ -50,12 +50,12 @@ def test_memory_grows_with_what_is_kept(tiny_llama: Path, tmp_path: Path) -> Non
     from transformers import AutoConfig
 
     p = parameters(tiny_llama, tmp_path)
-    shape = estimate.shape(AutoConfig.from_pretrained(tiny_llama), p)
-    plain = estimate.peak_memory(p, shape, 200, 100)
-    assert estimate.peak_memory(p, shape, 400, 100) > plain
-    assert estimate.peak_memory(p.model_copy(update={"gradient_checkpointing": True}), shape, 200, 100) < plain
+    shape = memory.shape(AutoConfig.from_pretrained(tiny_llama), p)
+    plain = memory.peak_memory(p, shape, 200, 100)
+    assert memory.peak_memory(p, shape, 400, 100) > plain
+    assert memory.peak_memory(p.model_copy(update={"gradient_checkpointing": True}), shape, 200, 100) < plain
     packed = p.model_copy(update={"cache_dequantized": False})
-    assert estimate.peak_memory(packed, shape, 200, 100) < plain
+    assert memory.peak_memory(packed, shape, 200, 100) < plain
 
 
 LLAMA_8B = memory.Shape(6_979_321_856, 1_050_939_392, 41_943_040, 32, 4096, 14336, 128256)

@@ -103,23 +103,16 @@ def url(tree: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with e2e.playwright().sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=e2e.CHROME, args=["--no-sandbox"])
+    with e2e.chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture
 def page(chromium: Any) -> Iterator[Any]:
-    """A page that records what should never happen: dialogs, errors, requests beyond this machine."""
-    opened = chromium.new_context(viewport={"width": 1500, "height": 1100}).new_page()
-    opened.troubles = []
-    opened.on("dialog", lambda d: (opened.troubles.append(f"dialog: {d.message}"), d.dismiss()))
-    opened.on("pageerror", lambda e: opened.troubles.append(f"error: {e}"))
-    opened.on("console", lambda m: opened.troubles.append(m.text) if m.type == "error" else None)
-    opened.on("request", lambda r: opened.troubles.append(r.url) if not r.url.startswith(("http://127.0.0.1", "data:", "blob:")) else None)
-    yield opened
-    opened.context.close()
+    """A page that may ask this machine alone."""
+    here = ("http://127.0.0.1", "data:", "blob:")
+    with e2e.watched(chromium, lambda url: url.startswith(here), viewport={"width": 1500, "height": 1100}) as opened:
+        yield opened
 
 
 def visit(page: Any, url: str) -> None:
