@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from lib import config, files, remote, upstream
 from lib.files import StudyError, shown
+from lib.runner import tell
 
 T = TypeVar("T")
 
@@ -132,10 +133,6 @@ def send_back(options: argparse.Namespace, name: str = "") -> None:
         remote.Remote(options.results).push(name)
 
 
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
 def _label(options: argparse.Namespace) -> int:
     from lib import label
 
@@ -150,9 +147,9 @@ def _label(options: argparse.Namespace) -> int:
         label.items(run, options.rater)
     except StudyError as error:
         raise Usage(str(error)) from error
-    _say(f"{shown(run / 'labels' / 'sample.csv')}: {len(sample)} answers, {'drawn now' if drawn else 'drawn before'}")
+    tell(f"{shown(run / 'labels' / 'sample.csv')}: {len(sample)} answers, {'drawn now' if drawn else 'drawn before'}")
     if options.no_browser:
-        _say("\n".join(label.lines(run, options.rater)))
+        tell("\n".join(label.lines(run, options.rater)))
         return 0
     command = [sys.executable, "-m", "jupyterlab", "--ip=127.0.0.1", str(label.write_notebook(run, options.rater))]
     command += ["--allow-root"] if hasattr(os, "geteuid") and os.geteuid() == 0 else []
@@ -176,9 +173,9 @@ def _fetch_upstream(options: argparse.Namespace) -> int:
             served.append(f"{len(questions.read(folder / name).questions)} questions")
         with contextlib.suppress(StudyError):
             served.append(f"judge prompts {', '.join(rubrics.load(folder / name))}")
-        _say(f"{shown(folder / name)}: sha256 {entry['sha256'][:12]}, {'; '.join(served) or 'serves neither as questions nor as rubrics'}")
+        tell(f"{shown(folder / name)}: sha256 {entry['sha256'][:12]}, {'; '.join(served) or 'serves neither as questions nor as rubrics'}")
     for name in got["absent"]:
-        _say(f"{name}: is not in {got['repository']} at this commit")
+        tell(f"{name}: is not in {got['repository']} at this commit")
     return 0
 
 
@@ -188,7 +185,7 @@ def _import(options: argparse.Namespace) -> int:
     given = (options.input, options.model, options.domain, options.step, options.question_set)
     run = told(imports.import_judged, *given, folder_of_runs(options))
     send_back(options, run.name)
-    _say(f"{shown(run)}: imported; `study analyze` takes it in.")
+    tell(f"{shown(run)}: imported; `study analyze` takes it in.")
     return 0
 
 
@@ -208,5 +205,5 @@ def _fit_probe(options: argparse.Namespace) -> int:
     from lib import probe_fit
 
     told(probe_fit.fit, options.inputs, options.output, ordinary=options.ordinary)
-    _say(f"{shown(options.output)}: weights.safetensors and report.json are written.")
+    tell(f"{shown(options.output)}: weights.safetensors and report.json are written.")
     return 0

@@ -211,7 +211,7 @@ class Ray:
             if stream == 1:
                 self._say(text)
             elif stream == 2 and text:
-                print(text, file=sys.stderr, flush=True)
+                runner.tell(text, error=True)
 
 
 def _task() -> Callable[[list[str], str, str | None], Iterator[tuple[int, str]]]:

@@ -372,7 +372,14 @@ def working_on(run: Run, patience: float = 0) -> Iterator[None]:
         raise StudyError(f"{shown(run.folder)}: cannot be written ({error.strerror}); make the folder writable, then run again.") from error
 
 
-def run_stages(run: Run, stages: Sequence[str], *, force: bool = False, say: Callable[[str], None] = print, patience: float = 0) -> bool:
+def tell(line: str, *, error: bool = False) -> None:
+    """Prints a line at once, to standard error if asked. One write a line: runs side by side share the stream, and `print` may take two."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(line + "\n")
+    stream.flush()
+
+
+def run_stages(run: Run, stages: Sequence[str], *, force: bool = False, say: Callable[[str], None] = tell, patience: float = 0) -> bool:
     """Brings the given stages of a run up to date, in order, and stops at the first that fails.
 
     Args:
@@ -390,7 +397,7 @@ def run_stages(run: Run, stages: Sequence[str], *, force: bool = False, say: Cal
             for stage in stages:
                 _bring_up_to_date(run, stage, force, say)
     except StudyError as error:
-        print(f"study: {run.name}: {error}", file=sys.stderr, flush=True)
+        tell(f"study: {run.name}: {error}", error=True)
         return False
     return True
 

@@ -24,7 +24,7 @@ from lib.commands import folder as _folder
 from lib.commands import positive as _positive
 from lib.commands import results as _results
 from lib.files import StudyError, shown
-from lib.runner import STAGES, Run
+from lib.runner import STAGES, Run, tell
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -198,12 +198,8 @@ def _run(options: argparse.Namespace) -> int:
         if "05_analyze" in options.stages:
             done.append(_analyze_after(runs, options.store))
         failed = len(done) - sum(done)
-        _say(f"{sum(done[: len(runs)])} of {len(runs)} runs are up to date" + ("; see `study status`" if failed else ""))
+        tell(f"{sum(done[: len(runs)])} of {len(runs)} runs are up to date" + ("; see `study status`" if failed else ""))
     return 0 if all(done) else 1
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
 
 
 def _interrupt(number: int, frame: Any) -> NoReturn:
@@ -225,7 +221,7 @@ def _preflight(runs: Sequence[Run], stages: Sequence[str], *, elsewhere: bool) -
 
 def _here(run: Run, options: argparse.Namespace) -> bool:
     """Brings the stages of one run up to date in this process, its results at a URL among them."""
-    bring = functools.partial(runner.run_stages, run, force=options.force, say=_say, patience=options.patience)
+    bring = functools.partial(runner.run_stages, run, force=options.force, say=tell, patience=options.patience)
     if not options.store:
         return bring(options.stages)
     try:
@@ -238,7 +234,7 @@ def _here(run: Run, options: argparse.Namespace) -> bool:
                     return False
                 options.store.push(run.name)
     except StudyError as error:
-        print(f"study: {run.name}: {error}", file=sys.stderr, flush=True)
+        tell(f"study: {run.name}: {error}", error=True)
         return False
     return True
 
@@ -246,7 +242,7 @@ def _here(run: Run, options: argparse.Namespace) -> bool:
 def _side_by_side(runs: Sequence[Run], options: argparse.Namespace, jobs: int) -> list[bool]:
     """Works on several runs at once, each in processes of its own."""
     with contextlib.ExitStack() as stack:
-        engine = further.told(stack.enter_context, engines.connected(options, runs, _say))
+        engine = further.told(stack.enter_context, engines.connected(options, runs, tell))
         return engines.side_by_side(engine, runs, options.stages, jobs)
 
 
@@ -270,7 +266,7 @@ def _analyze_study(folder: Path, *, mix: bool = False, store: remote.Remote | No
     analyze.analyze_study(folder, figures=figures.write_all, mix=mix)
     if store:
         store.push()
-    _say(f"{shown(folder)}: tables in data/, figures in figures/, EXPERIMENT_SUMMARY.md")
+    tell(f"{shown(folder)}: tables in data/, figures in figures/, EXPERIMENT_SUMMARY.md")
 
 
 def _analyze(options: argparse.Namespace) -> int:
@@ -283,21 +279,21 @@ def _status(options: argparse.Namespace) -> int:
     results = further.folder_of_runs(options, adapters=True)
     runs = _recorded(results)
     if not runs:
-        _say(f"{shown(results)}: no runs yet; start with `study run demo`.")
+        tell(f"{shown(results)}: no runs yet; start with `study run demo`.")
         return 0
     width = max(len(name) for name in runs) + 2
-    _say(" " * width + "".join(f"{stage:<24}" for stage in STAGES).rstrip())
+    tell(" " * width + "".join(f"{stage:<24}" for stage in STAGES).rstrip())
     notes: list[str] = []
     for name, run in runs.items():
         if isinstance(run, str):
-            _say(f"{name:<{width}}{run}")
+            tell(f"{name:<{width}}{run}")
             continue
         states = [runner.state(run, stage) for stage in STAGES]
-        _say(f"{name:<{width}}" + "".join(f"{_cell(state):<24}" for state in states).rstrip())
+        tell(f"{name:<{width}}" + "".join(f"{_cell(state):<24}" for state in states).rstrip())
         told = [(stage, state) for stage, state in zip(STAGES, states, strict=True) if state.reasons]
         notes += [f"{name} {stage}: {state.status}: {'; '.join(state.reasons)}" for stage, state in told]
     for note in notes:
-        _say(note)
+        tell(note)
     return 0
 
 
@@ -355,7 +351,7 @@ def _judge(options: argparse.Namespace) -> int:
     statuses = judged[[column for column in judged.columns if column.endswith("_status")]].stack()
     counts = ", ".join(f"{count:,} {status}" for status, count in statuses.value_counts().items())
     by = f" by {len(options.judges)} judges" if others else ""
-    _say(f"{shown(options.output)}: {len(answers):,} answers{by}; scores by status: {counts or 'none'}")
+    tell(f"{shown(options.output)}: {len(answers):,} answers{by}; scores by status: {counts or 'none'}")
     _say_outside(judged, log)
     stopped = judged.attrs["judging"]["stopped"]
     if stopped:
@@ -369,7 +365,7 @@ def _say_outside(judged: pd.DataFrame, log: Path) -> None:
 
     known, far = judge_tables.outside(judged, log)[["answers", "outside"]].sum()
     if known:
-        _say(f"probe: {far:,} of {known:,} answers lie outside what it was fitted on ({far / known:.1%}; 1% is usual)")
+        tell(f"probe: {far:,} of {known:,} answers lie outside what it was fitted on ({far / known:.1%}; 1% is usual)")
 
 
 if __name__ == "__main__":

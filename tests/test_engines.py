@@ -158,6 +158,17 @@ def told(output: str) -> list[str]:
     return sorted(line.partition(" in ")[0] for line in output.splitlines() if line.startswith("mine"))
 
 
+def test_a_line_is_one_write() -> None:
+    """Two runs that tell of their stages at once must not write into each other's lines, whatever Python buffers."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # what is written comes out write by write
+    code = "from lib.runner import tell; tell('a line'); tell('another', error=True)"
+    variables = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], stdout=theirs.fileno(), stderr=theirs.fileno(), env=variables, check=True)
+    theirs.close()
+    assert [ours.recv(100), ours.recv(100), ours.recv(100)] == [b"a line\n", b"another\n", b""]
+    ours.close()
+
+
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     with faulty_server.serving(delay=0.02, well=test_faults.scores) as server:
