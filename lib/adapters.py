@@ -6,6 +6,7 @@ machine that made it, and the same bytes for the same weights.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -102,6 +103,38 @@ def load(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, weights)
 
 
+def read(folder: Path) -> dict[str, tuple[Any, Any]]:
+    """Reads an adapter for decoding; PEFT would put it on the model, a layer at a time.
+
+    Returns:
+        By the layer's name in the base model, the tensors A (rank × in) and B (out × rank) times the adapter's scaling.
+
+    Raises:
+        StudyError: it cannot be read, or is more than plain LoRA on linear layers.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    settings = _settings_of(folder / SETTINGS)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise StudyError(f"{shown(folder / WEIGHTS)}: cannot be read ({error}); delete the folder and run 02_train again.") from error
+    sides: dict[str, dict[str, Any]] = {}
+    for key, tensor in weights.items():
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise StudyError(f"{shown(folder / WEIGHTS)}: {key[:120]} is no plain LoRA weight of a linear layer; only that is read.")
+        sides.setdefault(match["module"], {})[match["side"]] = tensor
+    found = {}
+    for module, own in sides.items():
+        if set(own) != {"A", "B"}:
+            raise StudyError(f"{shown(folder / WEIGHTS)}: {module} lacks one of its two matrices; the adapter is no plain LoRA.")
+        rank = own["A"].shape[0]
+        found[module] = (own["A"], own["B"] * (settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)))
+    return found
+
+
 def take(parameters: Parameters, folder: Path) -> dict[str, Any]:
     """Copies the published adapter that `adapter` names into `folder`, once it is known to be safe and to fit the base model.
 
@@ -187,7 +220,11 @@ def _read_settings(where: Path, parameters: Parameters) -> dict[str, Any]:
         pickles = [name for name in _PICKLES if (where / name).is_file()]
         reason = f"holds {pickles[0]}, a pickle that could run code: refused; ask for safetensors" if pickles else f"holds no {WEIGHTS}"
         raise StudyError(f"adapter: {shown(where)} {reason}.")
-    path = where / SETTINGS
+    return _settings_of(where / SETTINGS)
+
+
+def _settings_of(path: Path) -> dict[str, Any]:
+    """Reads and checks an adapter_config.json by itself; see `_read_settings`."""
     if not path.is_file() or path.stat().st_size > _MAX_SETTINGS_BYTES:
         raise StudyError(f"adapter: {shown(path)} is missing or far too large; it must be the adapter's own settings.")
     settings = files.read_json(path)

@@ -10,20 +10,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from lib.files import StudyError, shown
+from lib.files import StudyError
+from lib.prepacked import prepack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SHORTEST_PREFIX = 4
 """Tokens that all prompts of a batch must share before the prefix is computed apart: below, a second forward costs more."""
+
+
+Lora = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+"""An adapter's weights by the name of the layer: A (rank × in), and B (out × rank) times the adapter's scaling."""
 
 
 @dataclass(frozen=True)
@@ -39,88 +43,88 @@ class Sampling:
 class Adapters:
     """LoRA adapters of several checkpoints on one base model, chosen row by row.
 
-    With A (rank × in) and B (out × rank) of all checkpoints stacked along the rank, a layer adds
-    `((x @ A.T) * mask) @ (scaling * B).T` to its output, where `mask` keeps a row's own ranks: two products for the whole batch
-    instead of two for each checkpoint. Multiplied by zero, the other checkpoints add exactly nothing.
+    The rows of a batch are brought together by checkpoint, and one batched product for all checkpoints at once gives what their adapters
+    add, whereas the base weights' products are done for all rows together. The base model takes part as an adapter of zeros, which
+    adds exactly nothing.
     """
 
-    def __init__(self, model: PreTrainedModel, folders: Mapping[int, Path]) -> None:
-        """Reads the adapters with peft and hooks them to the layers of `model`; the hooks do nothing until `select`.
+    def __init__(self, model: PreTrainedModel, weights: Mapping[int, Lora]) -> None:
+        """Hooks adapters to the layers of `model`; the hooks do nothing until `select`.
 
         Args:
-            model: the base model.
-            folders: the adapter's folder for each step; step 0 is the base model and takes none.
+            model: the base model; on a CPU its layers are laid out for speed (`lib.prepacked`).
+            weights: the adapter of each step; step 0 is the base model and has none.
 
         Raises:
-            StudyError: an adapter cannot be read, is no plain LoRA on linear layers, or has other shapes than the first.
+            StudyError: an adapter does not fit the model, or has other layers or ranks than the first.
         """
-        self._order = {step: i for i, step in enumerate(sorted(folders))}
-        self._own = torch.zeros(0, 0)
-        self._first, self._masks = 0, dict[int, torch.Tensor]()
+        self._order = {step: i for i, step in enumerate([0, *sorted(weights)])}
+        self._groups: _Groups | None = None
+        stacked = _stack(model, weights)
+        prepack(model)
         layers = dict(model.named_modules())
-        for name, pairs in (_read_adapters(model, folders) if folders else {}).items():
-            down = torch.cat([a for a, _ in pairs]).to(model.dtype)
-            up = torch.cat([b.T for _, b in pairs]).to(model.dtype)
-            layers[name].register_forward_hook(self._hook(down, up, rank=len(pairs[0][0])))
+        for name, (down, up) in stacked.items():
+            layers[name].register_forward_hook(self._hook(down, up))
 
     def select(self, steps: Sequence[int], device: torch.device) -> None:
         """Says which checkpoint each row of the coming forward passes belongs to (0: the base model)."""
-        chosen = [self._order[step] for step in steps if step]
-        self._first, last = (min(chosen), max(chosen) + 1) if chosen else (0, 0)
-        own = torch.zeros(len(steps), last - self._first)
-        for row, step in enumerate(steps):
-            if step:
-                own[row, self._order[step] - self._first] = 1
-        self._own, self._masks = own.to(device), {}
+        self._groups = _Groups([self._order[step] for step in steps], device) if any(steps) else None
 
-    def _hook(self, down: torch.Tensor, up: torch.Tensor, rank: int) -> Callable[[Any, Any, torch.Tensor], torch.Tensor | None]:
-        """Returns the forward hook of one layer; `down` (checkpoints·rank × in), `up` (checkpoints·rank × out)."""
+    def _hook(self, down: torch.Tensor, up: torch.Tensor) -> Callable[[Any, Any, torch.Tensor], torch.Tensor | None]:
+        """Returns the forward hook of one layer; `down` (checkpoints × in × rank), `up` (checkpoints × rank × out)."""
 
         def add(_layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            count = self._own.shape[1]
-            if not count:
+            groups = self._groups
+            if groups is None:
                 return None
-            if rank not in self._masks:
-                self._masks[rank] = self._own.to(down.dtype).repeat_interleave(rank, dim=1)[:, None]
-            ranks = slice(self._first * rank, (self._first + count) * rank)
-            inner = torch.nn.functional.linear(inputs[0], down[ranks]) * self._masks[rank]
-            return torch.addmm(output.flatten(0, 1), inner.flatten(0, 1), up[ranks]).view(output.shape)
+            a, b = down[groups.chosen], up[groups.chosen]
+            if groups.even:
+                output.view(len(a), -1, output.shape[-1]).baddbmm_(inputs[0].view(len(a), -1, inputs[0].shape[-1]) @ a, b)
+                return output
+            apart = inputs[0].index_select(0, groups.members).view(len(a), -1, inputs[0].shape[-1])
+            return output.add_(((apart @ a) @ b).view(-1, *output.shape[1:]).index_select(0, groups.places))
 
         return add
 
 
-def _read_adapters(model: PreTrainedModel, folders: Mapping[int, Path]) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Returns A (rank × in) and scaled B (out × rank) of each adapter, in order of step, by the layer's name in `model`."""
-    from peft import PeftModel
-    from peft.tuners.tuners_utils import BaseTunerLayer
+class _Groups:
+    """The rows of a batch by checkpoint, each group filled up to the largest with a row that is not looked at.
 
-    wrapped: Any = None
-    for step in sorted(folders):
-        try:
-            if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, folders[step], adapter_name=str(step), low_cpu_mem_usage=True)
-            else:
-                wrapped.load_adapter(folders[step], adapter_name=str(step), low_cpu_mem_usage=True)
-        except (OSError, ValueError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise StudyError(f"{shown(folders[step])}: the adapter cannot be laid on the base model ({reason}).") from error
-    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    plain = not any(getattr(config, "modules_to_save", None) for config in wrapped.peft_config.values())
-    for name, layer in wrapped.base_model.model.named_modules():
-        if isinstance(layer, BaseTunerLayer):
-            plain = plain and isinstance(layer.get_base_layer(), torch.nn.Linear) and hasattr(layer, "lora_A")
-            plain = plain and not layer.lora_variant and not any(layer.lora_bias.values()) and len(layer.lora_A) == len(folders)
-            if plain:
-                steps = [str(step) for step in sorted(folders)]
-                found[name] = [(layer.lora_A[s].weight.detach(), layer.lora_B[s].weight.detach() * layer.scaling[s]) for s in steps]
-                plain = len({a.shape for a, _ in found[name]}) == 1
-    wrapped.unload()
-    if not plain:
-        raise StudyError(
-            f"{shown(folders[min(folders)].parent)}: adapters must be plain LoRA on linear layers (no DoRA, bias or modules_to_save), "
-            "with the same layers and ranks at every step."
-        )
-    return found
+    Attributes:
+        chosen: the checkpoints from the first to the last that occur.
+        even: the rows lie in order of checkpoint, as many of each, so that nothing needs to be moved.
+        members: the row at each place of the groups, one group after the other.
+        places: the place of each row.
+    """
+
+    def __init__(self, checkpoints: Sequence[int], device: torch.device) -> None:
+        self.chosen = slice(min(checkpoints), max(checkpoints) + 1)
+        groups = [[row for row, own in enumerate(checkpoints) if own == one] for one in range(self.chosen.start, self.chosen.stop)]
+        size = max(map(len, groups))
+        members = [row for group in groups for row in (*group, *[0] * (size - len(group)))]
+        places = {row: size * i + j for i, group in enumerate(groups) for j, row in enumerate(group)}
+        self.even = members == list(range(len(checkpoints)))
+        self.members = torch.tensor(members, device=device)
+        self.places = torch.tensor([places[row] for row in range(len(checkpoints))], device=device)
+
+
+def _stack(model: PreTrainedModel, weights: Mapping[int, Lora]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Returns Aᵀ (checkpoints × in × rank) and Bᵀ (checkpoints × rank × out) by layer, the base model's zeros first."""
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
+    pairs: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for step, adapter in sorted(weights.items()):
+        for name, (a, b) in adapter.items():
+            layer = layers.get(name)
+            if layer is None or (a.shape[1], b.shape[0], a.shape[0]) != (layer.in_features, layer.out_features, b.shape[1]):
+                raise StudyError(f"step {step}: the adapter cannot be laid on the base model: {name} is no linear layer of its shapes.")
+            pairs.setdefault(name, []).append((a, b))
+    stacked = {}
+    for name, own in pairs.items():
+        if len(own) != len(weights) or len({a.shape for a, _ in own}) > 1:
+            raise StudyError(f"steps {sorted(weights)}: their adapters differ in {name}; all must have the same layers and ranks.")
+        down, up = (torch.stack([torch.zeros_like(both[0]), *both]).transpose(1, 2) for both in zip(*own, strict=True))
+        stacked[name] = (down.to(model.device, model.dtype).contiguous(), up.to(model.device, model.dtype).contiguous())
+    return stacked
 
 
 class _RoomyLayer(DynamicLayer):
@@ -171,14 +175,20 @@ def pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p
     if top_p < 1:
         probabilities = probabilities.where(probabilities >= _edge(probabilities, top_p), 0.0)
     blocks = probabilities.view(len(logits), -1, math.gcd(logits.shape[-1], 256))
-    masses = blocks.sum(-1, dtype=torch.float64)
+    masses = blocks.sum(-1).double()  # a block's sum in float64 would first write the whole vocabulary out in float64
     ends = masses.cumsum(-1)
-    target = uniforms[:, None] * ends[:, -1:]
-    block = torch.searchsorted(ends, target, right=True).clamp(max=ends.shape[-1] - 1)
+    target = _below(uniforms[:, None] * ends[:, -1:], ends[:, -1:])
+    block = torch.searchsorted(ends, target, right=True)
+    mass = masses.gather(1, block)
     within = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)
-    start = ends.gather(1, block) - masses.gather(1, block)
-    token = torch.searchsorted(within, target - start, right=True).clamp(max=within.shape[-1] - 1)
+    share = (target - (ends.gather(1, block) - mass)) / mass
+    token = torch.searchsorted(within, _below(share * within[:, -1:], within[:, -1:]), right=True)
     return (block * within.shape[-1] + token)[:, 0]
+
+
+def _below(target: torch.Tensor, end: torch.Tensor) -> torch.Tensor:
+    """Returns the target, or what comes just before the end where rounding has carried it there: no token without probability is drawn."""
+    return torch.minimum(target, torch.nextafter(end, torch.zeros_like(end)))
 
 
 def _edge(probabilities: torch.Tensor, top_p: float, count: int = 512) -> torch.Tensor:

@@ -102,7 +102,7 @@ class Sampler:
         self.parameters = parameters
         self.tokenizer = models.load_tokenizer(parameters)
         self.model = models.load_base(parameters)
-        self.adapters = Adapters(self.model, folders)
+        self.adapters = Adapters(self.model, {step: adapters.read(folder) for step, folder in folders.items()})
         stops = sampling.stop_ids(self.tokenizer, self.model.generation_config.eos_token_id, parameters)
         self.sampling = Sampling(parameters.temperature, parameters.top_p, parameters.max_new_tokens, stops)
         self.device = str(self.model.device)

@@ -54,6 +54,8 @@ class Encoder:
         import torch
         from transformers import AutoTokenizer, LlamaForCausalLM
 
+        from lib.prepacked import prepack
+
         folder = models.fetch_embedded()
         self.layers = list(layers)
         self._tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -61,6 +63,7 @@ class Encoder:
         self._model = whole.model.eval()
         self._model.config.num_hidden_layers = max(self.layers)
         self._model.layers = self._model.layers[: max(self.layers)]
+        prepack(self._model)
         self._states: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             self._model.layers[layer - 1].register_forward_hook(self._keep(layer))

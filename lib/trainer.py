@@ -22,7 +22,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from lib import adapters, files, memory, models, packing, parallel, states
+from lib import adapters, files, memory, models, packing, parallel, prepacked, states
 from lib.config import Parameters
 from lib.files import StudyError
 from lib.packing import IGNORED
@@ -175,6 +175,8 @@ class StudyTrainer(Trainer):
         p = job.parameters
         if p.gradient_checkpointing is True:
             model.enable_input_require_grads()
+        if p.cache_dequantized is not False:
+            prepacked.prepack(model, gradients=True)
         lay_out: Callable[[Sequence[dict[str, list[int]]]], dict[str, torch.Tensor]] = partial(pad, pad_id=pad_id)
         if packing.enable(model):
             lay_out = packing.pack if model.device.type == "cpu" else packing.pack_apart

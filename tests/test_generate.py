@@ -228,7 +228,7 @@ def test_adapters_that_are_no_plain_lora_are_refused(tiny_llama: Path, tmp_path:
     get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path / "dora")
     with pytest.raises(StudyError, match="plain LoRA"):
         generate.Sampler(parameters, {1: tmp_path / "dora"})
-    with pytest.raises(StudyError, match="cannot be laid on"):
+    with pytest.raises(StudyError, match="missing or far too large"):
         generate.Sampler(parameters, {1: tmp_path / "nowhere"})
 
 
