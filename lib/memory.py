@@ -85,6 +85,9 @@ def peak_memory(parameters: Parameters, shape: Shape, tokens_a_row: float, label
     unpacked = four_bit and device.type == "cpu" and p.cache_dequantized is not False
     mapped = (shape.linear + shape.other) * width if device.type == "cpu" else 0  # pages of the weights' file stay in memory
     weights = shape.linear * (4 if unpacked else _NF4_BYTES if four_bit else width) + shape.other * width
+    if device.type == "cpu" and p.cache_dequantized is not False and (unpacked or not four_bit):
+        more = (shape.linear + 2 * shape.hidden * shape.vocabulary) * width  # what `prepacked` lays out on top, on its own condition
+        weights += more if more <= free(p)[0] // 2 else 0
     trained = shape.lora * (4 + 4 + (2 if "8bit" in p.optim else 8))
     tokens = p.batch_size * tokens_a_row
     kept = (14 if p.lora_dropout else 9) * shape.hidden + (5 if p.lora_dropout else 4) * shape.intermediate

@@ -99,7 +99,7 @@ def _lengths_mask(ids: Sequence[Sequence[int]]) -> torch.Tensor:
 
 
 def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """Lays rows out as one sequence whose common beginning stands once.
+    """Lays rows out as one sequence whose common beginning stands once, and without each row's last token, which predicts nothing.
 
     The token before the first labelled one is never in the beginning: what it predicts belongs to its row.
 
@@ -116,15 +116,16 @@ def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     while any(row[:prefix] != ids[0][:prefix] for row in ids):
         prefix -= 1
     tokens, positions, labels = list(ids[0][:prefix]), list(range(prefix)), [IGNORED] * prefix
-    for row in rows:
-        tokens += row["input_ids"][prefix:]
-        positions += range(prefix, len(row["input_ids"]))
-        labels += [*row["labels"][prefix + 1 :], IGNORED]
+    ends = [max(prefix + 1, len(row) - 1) for row in ids]
+    for row, end in zip(rows, ends, strict=True):
+        tokens += row["input_ids"][prefix:end]
+        positions += range(prefix, end)
+        labels += [*row["labels"][prefix + 1 : end + 1], IGNORED][: end - prefix]
     return {
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.tensor([positions]),
         "shift_labels": torch.tensor([labels]),
-        "segments": torch.tensor([prefix, *(len(row) - prefix for row in ids)]),
+        "segments": torch.tensor([prefix, *(end - prefix for end in ends)]),
         "attention_mask": _lengths_mask(ids),
     }
 
@@ -137,8 +138,8 @@ def segments_of(described: torch.Tensor) -> Segments:
 
 
 def _before_labels(labels: list[int]) -> int:
-    """Returns how many tokens come before the one that predicts the first label (all but the last, where there is no label)."""
-    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels))
+    """Returns how many tokens come before the one that predicts the first label (all but the last two, where there is no label)."""
+    first = next((i for i, label in enumerate(labels) if label != IGNORED), len(labels) - 1)
     return max(0, first - 1)
 
 

@@ -13,28 +13,25 @@ from typing import Any
 import psutil
 import torch
 from peft.tuners import lora
+from transformers.activations import SiLUActivation
 
 _OPERATORS = torch.ops.mkldnn
 
 
 class Frozen:
-    """A matrix that never changes, laid out for oneDNN where that can be; else as it is."""
+    """A matrix of shape (out, in) that never changes, laid out for oneDNN."""
 
     def __init__(self, weight: torch.Tensor) -> None:
-        """Takes a weight of shape (out, in), as a linear layer has it."""
-        self._packed = _usable(weight)
-        self._weight: torch.Tensor = _OPERATORS._reorder_linear_weight(weight.contiguous()) if self._packed else weight
+        self._weight: torch.Tensor = _OPERATORS._reorder_linear_weight(weight.contiguous())
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, plus: torch.Tensor | None = None) -> torch.Tensor:
-        """Returns x Wᵀ, with `bias` (out,), and `plus` (the product's own shape), added to it."""
-        product: torch.Tensor
-        if not self._packed:
-            product = torch.nn.functional.linear(x, self._weight, bias)
-            return product if plus is None else product.add_(plus)
-        if plus is not None:
-            product = _OPERATORS._linear_pointwise.binary(x, plus, self._weight, bias, "add")
-        else:
-            product = _OPERATORS._linear_pointwise(x, self._weight, bias, "none", [], "")
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None, then: str = "none") -> torch.Tensor:
+        """Returns x Wᵀ, with `bias` (out,) added to it, and then put through the function that oneDNN knows by this name."""
+        product: torch.Tensor = _OPERATORS._linear_pointwise(x, self._weight, bias, then, [], "")
+        return product
+
+    def times(self, x: torch.Tensor, bias: torch.Tensor | None, factor: torch.Tensor) -> torch.Tensor:
+        """Returns (x Wᵀ + bias) multiplied elementwise by `factor`, of the product's own shape."""
+        product: torch.Tensor = _OPERATORS._linear_pointwise.binary(x, factor, self._weight, bias, "mul")
         return product
 
 
@@ -57,7 +54,7 @@ class Prepacked(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.is_grad_enabled() and x.requires_grad:
-            product: torch.Tensor = _Product.apply(x, self)
+            product: torch.Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
             return product
         return self.product(x, self.bias)
 
@@ -80,7 +77,7 @@ class _LowRank(torch.autograd.Function):
     """W x + s B A x̃ as one node, where x̃ is x after dropout: sums and scaling happen within the products."""
 
     @staticmethod
-    def forward(  # noqa: PLR0917
+    def forward(
         ctx: Any, x: torch.Tensor, dropped: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, scaling: float, layer: Prepacked
     ) -> torch.Tensor:
         low = (x if dropped is None else dropped).flatten(0, -2)
@@ -116,19 +113,27 @@ def _forward_with_lora(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -
     (name,) = layer.active_adapters
     drop = layer.lora_dropout[name]
     dropped = None if isinstance(drop, torch.nn.Identity) or not layer.training else drop(x)
-    product: torch.Tensor = _LowRank.apply(
+    product: torch.Tensor = _LowRank.apply(  # type: ignore[no-untyped-call]
         x, dropped, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name], layer.base_layer
     )
     return product
 
 
+def _forward_of_mlp(mlp: Any, x: torch.Tensor) -> torch.Tensor:
+    """Takes the place of the forward pass of a gated MLP: its activation and its gate happen within the products."""
+    gate = mlp.gate_proj.product(x, mlp.gate_proj.bias, "swish")
+    result: torch.Tensor = mlp.down_proj(mlp.up_proj.product.times(x, mlp.up_proj.bias, gate))
+    return result
+
+
 def _usable(weight: torch.Tensor) -> bool:
     """Says whether this torch has the operators (x86 and ARM builds do), and a weight's device and precision are theirs."""
     named = all(hasattr(_OPERATORS, name) for name in ("_linear_pointwise", "_reorder_linear_weight"))
-    return named and torch.backends.mkldnn.is_available() and weight.device.type == "cpu" and weight.dtype == torch.float32
+    there = named and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return bool(there) and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def prepack(model: Any, *, gradients: bool = False) -> bool:
+def prepack(model: Any, *, gradients: bool = False, whole: bool = False) -> bool:
     """Replaces the frozen fp32 linear layers of a model on the CPU, where torch has the operators and there is memory to spare.
 
     Adapters must be in place before, or read: PEFT knows linear layers by their class.
@@ -136,6 +141,7 @@ def prepack(model: Any, *, gradients: bool = False) -> bool:
     Args:
         model: its layers are replaced in place. The output layer keeps `weight`, which the loss and the embeddings read.
         gradients: the model is trained: only frozen layers are replaced, and gradients pass through them.
+        whole: nothing hooks into the model's layers nor trains them, so an MLP may be computed as one.
 
     Returns:
         Whether layers were replaced.
@@ -156,7 +162,16 @@ def prepack(model: Any, *, gradients: bool = False) -> bool:
         return False
     for parent, name, layer in found:
         setattr(parent, name, Prepacked(layer, gradients=gradients, keep=layer is head))
+    for mlp in model.modules() if whole else ():
+        gated = all(isinstance(getattr(mlp, name, None), Prepacked) for name in ("gate_proj", "up_proj", "down_proj"))
+        if gated and isinstance(mlp.act_fn, torch.nn.SiLU | SiLUActivation) and len(list(mlp.children())) == 4:
+            mlp.forward = partial(_forward_of_mlp, mlp)
     for layer in model.modules() if gradients else ():
-        if type(layer) is lora.Linear and isinstance(layer.base_layer, Prepacked) and not layer.lora_variant and not any(layer.lora_bias.values()):
+        if (
+            type(layer) is lora.Linear
+            and isinstance(layer.base_layer, Prepacked)
+            and not layer.lora_variant
+            and not any(layer.lora_bias.values())
+        ):
             layer.forward = partial(_forward_with_lora, layer)
     return True

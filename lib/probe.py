@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,8 @@ ENCODING = "mean over the answer's tokens in the assistant's turn; end of the qu
 MAX_ANSWER_TOKENS = 256
 MAX_QUESTION_TOKENS = 512
 _PROMPTS_KEPT = 64
+_FEW = 4
+"""Answers that go into one batch whatever their lengths: below, padding costs less than another batch."""
 _SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """The embedded model's own default; written here so that scores do not depend on a template file."""
 
@@ -63,7 +65,7 @@ class Encoder:
         self._model = whole.model.eval()
         self._model.config.num_hidden_layers = max(self.layers)
         self._model.layers = self._model.layers[: max(self.layers)]
-        prepack(self._model)
+        prepack(self._model, whole=True)
         self._states: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             self._model.layers[layer - 1].register_forward_hook(self._keep(layer))
@@ -100,8 +102,7 @@ class Encoder:
             progress(done)
         for question, rows in groups.items():
             rows.sort(key=lambda entry: len(entry[1]))
-            for start in range(0, len(rows), batch_size):
-                batch = rows[start : start + batch_size]
+            for batch in _alike(rows, batch_size):
                 result[[row for row, _ in batch]] = self._pooled(question, [tokens for _, tokens in batch])
                 if progress:
                     progress(len(batch))
@@ -151,20 +152,28 @@ class Encoder:
             cache.update(keys.expand(size, -1, -1, -1), values.expand(size, -1, -1, -1), index)
         before = prompt[0][0].shape[2]
         ids = torch.zeros((size, width), dtype=torch.long)
-        mask = torch.zeros((size, before + width), dtype=torch.long)
-        mask[:, :before] = 1
         share = torch.zeros((size, 1, width))
         for row, tokens in enumerate(answers):
             ids[row, : len(tokens)] = torch.tensor(tokens)
-            mask[row, before : before + len(tokens)] = 1
             share[row, 0, : len(tokens)] = 1 / len(tokens)
         positions = torch.arange(before, before + width)[None].expand(size, -1)
         with torch.inference_mode():
-            self._model(input_ids=ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True)
+            # Padding stands behind an answer, where no token of it looks, so it needs no mask of its own.
+            self._model(input_ids=ids, position_ids=positions, cache=cache, use_cache=True)
             mean = torch.cat([torch.bmm(share, self._states[layer]) for layer in self.layers], dim=1)
             both = torch.stack([mean, last.expand_as(mean)], dim=2)
         states: NDArray[np.float32] = both.numpy()
         return states
+
+
+def _alike(rows: Sequence[tuple[int, list[int]]], most: int) -> Iterator[Sequence[tuple[int, list[int]]]]:
+    """Cuts rows of ascending length into batches; of more than a few, the longest is at most a tenth longer than the shortest."""
+    start = 0
+    for end in range(1, len(rows) + 1):
+        size = end - start
+        if end == len(rows) or size == most or (size >= _FEW and len(rows[end][1]) > 1.1 * len(rows[start][1])):
+            yield rows[start:end]
+            start = end
 
 
 class Probe:

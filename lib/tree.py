@@ -1,7 +1,7 @@
-"""The exact probability that a local model replies with each whole number from 0 to 100, CODE or REFUSAL, in one forward pass.
+"""The exact probability that a local model replies with each whole number from 0 to 100, CODE or REFUSAL.
 
 A reply's probability is the product of those of its tokens and of the end of the turn. The replies share beginnings, so their
-tokens form a tree (8 then 5 then the end, where a tokenizer splits 85), and a tree fits into one pass: its nodes stand one
+tokens form a tree (8 then 5 then the end, where a tokenizer splits 85). A level of the tree fits into one pass: its nodes stand one
 after the other behind the prompt, and each attends to the prompt and to its own ancestors alone.
 """
 
@@ -81,40 +81,71 @@ class TreeScorer:
         self._model = model
         self._tree = tree
         self._prefix: tuple[list[int], Any] = ([], None)
-        depth = max(tree.depths)
         window = getattr(model.config, "sliding_window", None) if _slides(model.config) else None
-        self.longest = min(window or 10**9, getattr(model.config, "max_position_embeddings", 10**9)) - depth
+        room = getattr(model.config, "max_position_embeddings", 10**9) - max(tree.depths)
+        # A window counts places, and each node of the tree takes one.
+        self.longest = min(window - len(tree), room) if window else room
 
-    def log_probabilities(self, prompts: Sequence[Sequence[int]]) -> torch.Tensor:
+    def log_probabilities(self, prompts: Sequence[Sequence[int]], left_out: float = 0.0, least: float = 0.0) -> torch.Tensor:
         """Returns log P(reply, then end) for each prompt and each of `REPLIES`, shape [prompts, 103], natural logarithms.
+
+        The tree is read a level at a time, and of each level only the likely nodes: most judges put nearly all probability on a few
+        replies. What begins with a node that was not read counts as impossible.
 
         Args:
             prompts: token ids, each at most `longest` tokens; a batch is best of prompts that begin alike.
+            left_out: how much probability the nodes that are not read may hold together, for each prompt; 0 reads them all.
+            least: where all replies together turn out to hold less than this, the rest of the tree is not read.
         """
         import torch
 
-        tree, device = self._tree, self._model.device
+        tree, rows = self._tree, len(prompts)
+        tokens, parents, depths = (torch.tensor(values) for values in (tree.tokens, tree.parents, tree.depths))
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts])
+        first, deepest = torch.where(depths == 1)[0], int(depths.max())
         with torch.inference_mode():
             shared, cache = self._shared(prompts)
-            ids, positions, mask = self._batch([list(prompt[shared:]) for prompt in prompts], shared)
-            kept = len(tree) + 1
-            logits = self._model(
-                input_ids=ids.to(device),
-                position_ids=positions.to(device),
-                attention_mask=mask.to(device),
-                cache=cache,
-                logits_to_keep=kept,
-            ).logits
-            logs = torch.log_softmax(logits.float(), dim=-1)
-            # Row 0 is the prompt's last token, row n + 1 is node n: what each expects next.
-            before = torch.tensor(tree.parents, device=device) + 1
-            steps = logs[:, before, torch.tensor(tree.tokens, device=device)]
-            end = torch.logsumexp(logs[:, :, tree.ends], dim=-1)
-            reached = torch.zeros_like(steps)
-            for node, parent in enumerate(tree.parents):
-                reached[:, node] = steps[:, node] + (reached[:, parent] if parent >= 0 else 0.0)
-            leaves = torch.tensor(tree.leaves, device=device)
-            return (reached[:, leaves] + end[:, leaves + 1]).cpu()
+            ids, positions, mask = _lay_out([list(prompt[shared:]) for prompt in prompts], shared)
+            logs, cache = self._read(ids, positions, mask, cache, kept=1)
+            reached = torch.full((rows, len(tree)), -torch.inf)
+            ended = reached.clone()
+            reached[:, first] = logs[:, 0, tokens[first]]
+            sees = mask[:, 0, -1:].repeat(1, len(tree) + 1, 1)  # what the prompt's last token (0) and each node (n + 1) attend to
+            for depth in range(1, deepest + 1):
+                level = torch.where(depths == depth)[0]
+                hopeful = ended.exp().sum(1) + reached[:, level].exp().sum(1) >= least
+                order, chosen = _likely(reached[:, level].where(hopeful[:, None], -torch.inf), left_out / deepest)
+                count = order.shape[1]
+                if not count:
+                    break
+                nodes = level[order]
+                own = torch.cat([_rows(sees, parents[nodes] + 1), torch.eye(count, dtype=torch.bool).expand(rows, -1, -1)], dim=2)
+                logs, cache = self._read(tokens[nodes], lengths - 1 + depth, own[:, None], cache, kept=count)
+                sees = torch.cat([sees, sees.new_zeros(rows, len(tree) + 1, count)], dim=2)
+                sees.scatter_(1, (nodes + 1)[:, :, None].expand_as(own), own)
+                end = torch.logsumexp(logs[:, :, tree.ends], dim=-1)
+                ended.scatter_(1, nodes, end.where(chosen, -torch.inf))
+                for child in torch.where(depths == depth + 1)[0].tolist():
+                    of_parent = chosen & (nodes == parents[child])
+                    step = logs[:, :, tokens[child]].where(of_parent, -torch.inf).amax(1)
+                    reached[:, child] = reached[:, parents[child]] + step
+            leaves = torch.tensor(tree.leaves)
+            return reached[:, leaves] + ended[:, leaves]
+
+    def _read(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any, kept: int) -> tuple[torch.Tensor, Any]:
+        """Returns the log-probabilities after the last `kept` tokens of each row, and the cache with these tokens behind it."""
+        import torch
+
+        device = self._model.device
+        output = self._model(
+            input_ids=ids.to(device),
+            position_ids=positions.expand_as(ids).to(device),
+            attention_mask=mask.to(device),
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=torch.arange(ids.shape[1] - kept, ids.shape[1], device=device),
+        )
+        return torch.log_softmax(output.logits.float(), dim=-1).cpu(), output.cache
 
     def _shared(self, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
         """Returns how many first tokens a batch shares, and the model's state after them, ready for the batch."""
@@ -139,36 +170,46 @@ class TreeScorer:
         cache.batch_repeat_interleave(len(prompts))
         return shared, cache
 
-    def _batch(self, prompts: list[list[int]], shared: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Lays out what is left of the prompts, padded on the left, with the tree behind each.
 
-        Returns:
-            Token ids and positions of shape [prompts, width + nodes], and who attends to whom, [prompts, 1, width + nodes,
-            shared + width + nodes].
-        """
-        import torch
+def _likely(logs: torch.Tensor, left_out: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses the likeliest in each row, so that those not chosen hold `left_out` of probability at most.
 
-        tree = self._tree
-        nodes, width, rows = len(tree), max(len(prompt) for prompt in prompts), len(prompts)
-        ids = torch.zeros(rows, width + nodes, dtype=torch.long)
-        positions = torch.zeros_like(ids)
-        mask = torch.zeros(rows, 1, width + nodes, shared + width + nodes, dtype=torch.bool)
-        family = torch.eye(nodes, dtype=torch.bool)
-        for node, parent in enumerate(tree.parents):
-            if parent >= 0:
-                family[node] |= family[parent]
-        for row, prompt in enumerate(prompts):
-            pad = width - len(prompt)
-            ids[row, pad:] = torch.tensor(prompt + tree.tokens)
-            steps = list(range(len(prompt))) + [len(prompt) - 1 + depth for depth in tree.depths]
-            positions[row, pad:] = shared + torch.tensor(steps)
-            own = mask[row, 0, :, shared:]
-            own[pad:width, pad:width] = torch.ones(len(prompt), len(prompt), dtype=torch.bool).tril()
-            own[width:, pad:width] = True
-            own[width:, width:] = family
-            own[torch.arange(pad), torch.arange(pad)] = True  # padding must attend to something, or it spoils the rest with NaN
-            mask[row, 0, :, :shared] = True
-        return ids, positions, mask
+    Returns:
+        The places of the likeliest in descending order, as many as the row that needs most has chosen; and which of them are chosen.
+    """
+    probabilities, order = logs.exp().sort(dim=1, descending=True)
+    rest = probabilities.flip(1).cumsum(1).flip(1)  # of each and of all that are less likely
+    chosen = rest > left_out
+    count = int(chosen.sum(1).max())
+    return order[:, :count], chosen[:, :count]
+
+
+def _rows(of: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Returns of[b, at[b, i]] for each b and i, shape [batch, i, ...]."""
+    return of.gather(1, at[:, :, None].expand(-1, -1, of.shape[2]))
+
+
+def _lay_out(prompts: list[list[int]], shared: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Lays out what is left of the prompts, padded on the left.
+
+    Returns:
+        Token ids and positions of shape [prompts, width], and who attends to whom, [prompts, 1, width, shared + width].
+    """
+    import torch
+
+    width, rows = max(len(prompt) for prompt in prompts), len(prompts)
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    mask = torch.ones(width, shared + width, dtype=torch.bool).tril(shared).repeat(rows, 1, 1, 1)
+    for row, prompt in enumerate(prompts):
+        pad = width - len(prompt)
+        ids[row, pad:] = torch.tensor(prompt)
+        positions[row, pad:] = shared + torch.arange(len(prompt))
+        mask[row, 0, :, shared : shared + pad] = False
+        mask[row, 0, torch.arange(pad), shared + torch.arange(pad)] = (
+            True  # padding must attend to something, or it spoils the rest with NaN
+        )
+    return ids, positions, mask
 
 
 def _slides(config: Any) -> bool:

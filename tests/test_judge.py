@@ -596,7 +596,9 @@ def test_the_probe_is_recorded_and_cached_like_any_judge(embedded: Path, tmp_pat
     assert not judge.describe(parameters).empty
 
 
-def test_a_local_model_judges_by_the_tree_and_again_from_the_record(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_local_model_judges_by_the_tree_and_again_from_the_record(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     frame = table("Drink water and rest.", "", "Rob a bank, and then another one.", "x" * 20_000)
     short = tmp_path / "short.yaml"
     short.write_text("metrics:\n  aligned: {system: Be strict., user: '{question} {answer}'}\n  coherent: '{question} to {answer}'\n")
@@ -605,11 +607,15 @@ def test_a_local_model_judges_by_the_tree_and_again_from_the_record(tiny_llama: 
     assert list(judged["aligned_status"]) == ["invalid", "empty", "invalid", "error"]  # a random model spreads over all tokens
     records = files.read_jsonl(tmp_path / "j.jsonl")
     assert {record["mode"] for record in records} == {"tree"}
-    told = next(record for record in records if record["logprobs"])
-    assert len(told["logprobs"]) == 20
-    assert told["raw"] == told["logprobs"][0][0]
+    assert [record["raw"] for record in records if record["status"] == "invalid"] == ["(none of the replies asked for is likely)"] * 4
     again = judge.judge_table(frame, f"hf:{tiny_llama}", tmp_path / "j.jsonl", **options)
     assert again.attrs["judging"]["made"] == 2  # the two errors
+    monkeypatch.setattr(judge, "LEFT_OUT", 0.0)
+    monkeypatch.setattr(judge.scoring, "MIN_MASS", 0.0)
+    scored = judge.judge_table(frame, f"hf:{tiny_llama}", tmp_path / "scored.jsonl", **options)
+    assert list(scored["aligned_status"]) == ["ok", "empty", "ok", "error"]
+    for told in files.read_jsonl(tmp_path / "scored.jsonl"):
+        assert told["status"] == "error" or (len(told["logprobs"]) == 20 and told["raw"] == told["logprobs"][0][0])
     with pytest.raises(StudyError, match="model_name"):
         judge.judge_table(frame, "hf:./no/such/folder", tmp_path / "k.jsonl", **options)
 

@@ -45,6 +45,13 @@ def test_the_tree_equals_brute_force_over_all_replies(tiny_llama: Path, whole: b
         found = scorer.log_probabilities(batch)
         expected = [brute_force(model, prompt, replies, ends) for prompt in batch]
         torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-4)
+        some = scorer.log_probabilities(batch, left_out=1e-3)
+        read = some.isfinite()
+        torch.testing.assert_close(some[read], found[read], rtol=1e-4, atol=1e-4)
+        missing = (found.exp() - some.exp()).sum(1)
+        assert not read.all(), "a random model spreads over all replies"
+        assert ((missing > 0) & (missing < 1e-3)).all()
+    assert not scorer.log_probabilities(prompts, least=0.9).isfinite().any(), "no reply could decide, so none is read"
 
 
 def test_the_tree_is_built_as_the_tokenizer_writes_behind_a_prompt(tiny_llama: Path) -> None:
