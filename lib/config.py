@@ -90,7 +90,7 @@ class Parameters(BaseModel):
     use_rslora: bool = False
     use_4bit: bool = Field(True, description="NF4 with double quantisation for the base model")
     cache_dequantized: Literal["auto", True, False] = Field(
-        "auto", description="CPU only: keep the NF4 weights' values unpacked when memory allows"
+        "auto", description="CPU only: keep the NF4 weights' values unpacked, and laid out for fast products, when memory allows"
     )
     loss_on: Literal["all", "answer"] = Field("answer", description="train on the whole text or on the answer alone")
     gradient_checkpointing: Literal["auto", True, False] = Field(False, description="compute again in place of keeping; auto: by need")

@@ -79,7 +79,7 @@ class Adapters:
                 return None
             a, b = down[groups.chosen], up[groups.chosen]
             if groups.even:
-                output.view(len(a), -1, output.shape[-1]).baddbmm_(inputs[0].view(len(a), -1, inputs[0].shape[-1]) @ a, b)
+                output.view(len(a), -1, output.shape[-1]).baddbmm_(inputs[0].reshape(len(a), -1, inputs[0].shape[-1]) @ a, b)
                 return output
             apart = inputs[0].index_select(0, groups.members).view(len(a), -1, inputs[0].shape[-1])
             return output.add_(((apart @ a) @ b).view(-1, *output.shape[1:]).index_select(0, groups.places))

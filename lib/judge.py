@@ -184,7 +184,7 @@ def statement(parameters: Parameters) -> str:
 
         return str(probe.report()["statement"])
     if p.judge.startswith("hf:"):
-        how = "the exact probability of every reply"
+        how = "the probability of every reply that can matter"
     elif p.judge_mode == "logprobs":
         how = "the log-probabilities of number tokens"
     else:
@@ -365,7 +365,7 @@ class OpenAIJudge:
 
 
 class LocalJudge:
-    """A model on this machine, scored by the exact probability of every reply; the same revision gives the same scores for ever."""
+    """A model on this machine, scored by the probability of every reply that can matter; the same revision gives the same scores for ever."""
 
     secret = ""
     repeats = 1  # nothing is sampled

@@ -1,4 +1,4 @@
-"""The exact probability that a local model replies with each whole number from 0 to 100, CODE or REFUSAL.
+"""The probability that a local model replies with each whole number from 0 to 100, CODE or REFUSAL, not sampled but computed.
 
 A reply's probability is the product of those of its tokens and of the end of the turn. The replies share beginnings, so their
 tokens form a tree (8 then 5 then the end, where a tokenizer splits 85). A level of the tree fits into one pass: its nodes stand one
