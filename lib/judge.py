@@ -365,7 +365,7 @@ class OpenAIJudge:
 
 
 class LocalJudge:
-    """A model on this machine, scored by the probability of every reply that can matter; the same revision gives the same scores for ever."""
+    """A model on this machine, scored by the probability of every reply that can matter: a revision gives the same scores for ever."""
 
     secret = ""
     repeats = 1  # nothing is sampled

@@ -1,4 +1,4 @@
-"""Frozen linear layers on the CPU with their weights laid out once for oneDNN: the same fp32 products, in two thirds of the time.
+"""Frozen linear layers on the CPU with their weights laid out once for oneDNN: the same fp32 products, sooner.
 
 torch gives fp32 products on x86 to MKL, which lays a weight out anew for every product and which is slow on AMD's processors. oneDNN,
 which torch brings too, multiplies by a weight that was laid out beforehand. Only a weight that never changes can be: that of a base

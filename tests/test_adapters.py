@@ -50,6 +50,38 @@ def test_a_published_adapter_stands_as_checkpoint_1(trained: tuple[Parameters, P
     assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_an_adapter_read_for_decoding_is_what_peft_adds(trained: tuple[Parameters, Path], tmp_path: Path, use_rslora: bool) -> None:
+    import torch
+    from peft import PeftModel
+
+    folder, settings = published(trained, tmp_path)
+    files.write_json(settings, files.read_json(settings) | {"use_rslora": use_rslora})
+    theirs = PeftModel.from_pretrained(models.load_base(trained[0]), folder).base_model.model
+    ours = adapters.read(folder)
+    assert len(ours) == 14
+    for name, (a, b) in ours.items():
+        torch.testing.assert_close(b @ a, theirs.get_submodule(name).get_delta_weight("default"))
+
+
+def test_adapters_that_cannot_be_read_for_decoding_say_why(trained: tuple[Parameters, Path], tmp_path: Path) -> None:
+    import safetensors.torch
+
+    folder, _ = published(trained, tmp_path)
+    weights = safetensors.torch.load_file(folder / adapters.WEIGHTS)
+    first = next(iter(weights))
+    for changed, why in (
+        ({"other.weight": weights[first]}, "other.weight is no plain LoRA weight"),
+        ({first: weights[first]}, "lacks one of its two matrices"),
+    ):
+        safetensors.torch.save_file(changed, folder / adapters.WEIGHTS)
+        with pytest.raises(StudyError, match=why):
+            adapters.read(folder)
+    (folder / adapters.WEIGHTS).write_bytes(b"no safetensors")
+    with pytest.raises(StudyError, match="cannot be read"):
+        adapters.read(folder)
+
+
 def test_a_published_adapter_that_is_unsafe_or_does_not_fit_is_refused(trained: tuple[Parameters, Path], tmp_path: Path) -> None:
     import safetensors.torch
     import torch

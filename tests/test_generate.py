@@ -222,7 +222,7 @@ def test_an_output_that_is_not_finite_is_an_error(parameters: Parameters) -> Non
 
 def test_adapters_that_are_no_plain_lora_are_refused(tiny_llama: Path, tmp_path: Path, parameters: Parameters) -> None:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
     get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)).save_pretrained(tmp_path / "dora")
@@ -230,6 +230,15 @@ def test_adapters_that_are_no_plain_lora_are_refused(tiny_llama: Path, tmp_path:
         generate.Sampler(parameters, {1: tmp_path / "dora"})
     with pytest.raises(StudyError, match="missing or far too large"):
         generate.Sampler(parameters, {1: tmp_path / "nowhere"})
+    for name, module in (("one", "q_proj"), ("two", "v_proj")):
+        base = AutoModelForCausalLM.from_pretrained(tiny_llama)
+        get_peft_model(base, LoraConfig(r=4, target_modules=[module])).save_pretrained(tmp_path / name)
+    with pytest.raises(StudyError, match="same layers and ranks"):
+        generate.Sampler(parameters, {1: tmp_path / "one", 2: tmp_path / "two"})
+    narrow = AutoModelForCausalLM.from_config(LlamaConfig(**{**base.config.to_dict(), "hidden_size": 2 * base.config.hidden_size}))
+    get_peft_model(narrow, LoraConfig(r=4, target_modules=["q_proj"])).save_pretrained(tmp_path / "narrow")
+    with pytest.raises(StudyError, match="cannot be laid on the base model"):
+        generate.Sampler(parameters, {1: tmp_path / "narrow"})
 
 
 # ---- the same answers whatever the batch, whatever was interrupted

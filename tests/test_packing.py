@@ -55,6 +55,27 @@ def test_padded_and_packed_batches_have_the_plain_loss(tiny_llama: Path, tmp_pat
     assert packed["input_ids"].numel() == packed["segments"].sum() < padded["input_ids"].numel()
 
 
+def test_the_loss_is_torchs_where_probabilities_underflow_and_where_there_is_no_token() -> None:
+    import torch
+
+    from lib.trainer import _CrossEntropy
+
+    logits = torch.tensor([[300.0, 0.0, -300.0], [1.0, 2.0, 3.0], [-200.0, -200.0, 0.0]])
+    wanted = torch.tensor([2, 0, 2])
+    found = []
+    for loss in (lambda x, y: torch.nn.functional.cross_entropy(x, y, reduction="sum"), _CrossEntropy.apply):
+        own = logits.clone().requires_grad_()
+        total = loss(own, wanted)
+        (total / 3).backward()
+        found.append((total.detach(), own.grad))
+    torch.testing.assert_close(found[1], found[0])
+    empty = torch.zeros(0, 3, requires_grad=True)
+    nothing = _CrossEntropy.apply(empty, torch.zeros(0, dtype=torch.long))
+    nothing.backward()
+    assert nothing.item() == 0
+    assert empty.grad is not None
+
+
 def test_attention_on_a_gpu_is_what_the_card_and_the_packages_allow() -> None:
     """Flash attention itself runs on no CPU; that its name is chosen only where it can run is all that is tested of it."""
     import torch
