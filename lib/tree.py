@@ -113,7 +113,7 @@ class TreeScorer:
             sees = mask[:, 0, -1:].repeat(1, len(tree) + 1, 1)  # what the prompt's last token (0) and each node (n + 1) attend to
             for depth in range(1, deepest + 1):
                 level = torch.where(depths == depth)[0]
-                hopeful = ended.exp().sum(1) + reached[:, level].exp().sum(1) >= least
+                hopeful = (reached + ended).exp().sum(1) + reached[:, level].exp().sum(1) >= least
                 order, chosen = _likely(reached[:, level].where(hopeful[:, None], -torch.inf), left_out / deepest)
                 count = order.shape[1]
                 if not count:
