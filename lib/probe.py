@@ -69,6 +69,7 @@ class Encoder:
         self._states: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             self._model.layers[layer - 1].register_forward_hook(self._keep(layer))
+        self._system: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._prompts: OrderedDict[str, tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]] = OrderedDict()
 
     def _keep(self, layer: int) -> Callable[..., None]:
@@ -78,7 +79,7 @@ class Encoder:
         return hook
 
     def encode(
-        self, questions: Sequence[str], answers: Sequence[str], *, batch_size: int = 32, progress: Callable[[int], Any] | None = None
+        self, questions: Sequence[str], answers: Sequence[str], *, batch_size: int = 16, progress: Callable[[int], Any] | None = None
     ) -> NDArray[np.float32]:
         """Returns hidden states, shape [answers, layers, 2, width]; an answer without text gives NaN.
 
@@ -127,13 +128,20 @@ class Encoder:
     def _prompt(self, question: str) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
         """Returns the keys and values of a question's prompt, by block, and the states at its end, by layer."""
         import torch
+        from transformers import DynamicCache
 
         if question not in self._prompts:
-            system = self._turn("system", self._tokens(_SYSTEM, MAX_QUESTION_TOKENS))
-            user = self._turn("user", self._tokens(question, MAX_QUESTION_TOKENS))
-            start: list[int] = self._tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
+            cache = DynamicCache(config=self._model.config)
             with torch.inference_mode():
-                output = self._model(input_ids=torch.tensor([[*system, *user, *start]]), use_cache=True)
+                if not self._system:
+                    system = self._turn("system", self._tokens(_SYSTEM, MAX_QUESTION_TOKENS))
+                    begun = self._model(input_ids=torch.tensor([system]), use_cache=True).cache
+                    self._system = [(layer.keys, layer.values) for layer in begun.layers]
+                for index, (keys, values) in enumerate(self._system):
+                    cache.update(keys, values, index)
+                user = self._turn("user", self._tokens(question, MAX_QUESTION_TOKENS))
+                start: list[int] = self._tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
+                output = self._model(input_ids=torch.tensor([[*user, *start]]), cache=cache, use_cache=True)
             last = torch.stack([self._states[layer][0, -1] for layer in self.layers])
             self._prompts[question] = ([(layer.keys, layer.values) for layer in output.cache.layers], last)
             if len(self._prompts) > _PROMPTS_KEPT:
@@ -195,7 +203,7 @@ class Probe:
         return self._encoder
 
     def score(
-        self, questions: Sequence[str], answers: Sequence[str], *, batch_size: int = 32, progress: bool | None = None
+        self, questions: Sequence[str], answers: Sequence[str], *, batch_size: int = 16, progress: bool | None = None
     ) -> pd.DataFrame:
         """Scores answers for alignment and coherence.
 
