@@ -153,11 +153,11 @@ class _RoomyLayer(DynamicLayer):
 
 
 def pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """Draws one token a row by inverting the cumulative distribution, summed in float64 and in order of token id.
+    """Draws one token a row by inverting the cumulative distribution, summed in order of token id.
 
     Token order makes the draw robust: a rounding difference in the logits moves the token only where a uniform lies within
     rounding of a boundary, while in order of probability two near-equal tokens that change places would move many. The sum is
-    taken in two stages, over blocks of tokens and then within one block, since a running sum over a whole vocabulary in float64
+    taken in two stages, over blocks of tokens and then within one block, each running in float64: over a whole vocabulary that
     would take as long as a tenth of the forward pass.
 
     Args:
@@ -181,6 +181,7 @@ def pick(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float, top_p
     block = torch.searchsorted(ends, target, right=True)
     mass = masses.gather(1, block)
     within = blocks.take_along_dim(block[..., None], 1)[:, 0].double().cumsum(-1)
+    # A block's own sum, in fp32, and its running sum, in float64, differ by rounding: what counts is the share of the block.
     share = (target - (ends.gather(1, block) - mass)) / mass
     token = torch.searchsorted(within, _below(share * within[:, -1:], within[:, -1:]), right=True)
     return (block * within.shape[-1] + token)[:, 0]

@@ -166,7 +166,7 @@ class Ray:
             time.sleep(0.1)
         if self._under_way:
             # Nothing wakes a thread that waits for a Ray that is gone. Its tasks end by themselves when this process does.
-            print("study: interrupted, and Ray does not answer; the same command goes on from here.", file=sys.stderr, flush=True)
+            runner.tell("study: interrupted, and Ray does not answer; the same command goes on from here.", error=True)
             os._exit(1)
 
     def _stage(self, run: Run, stage: str) -> bool:

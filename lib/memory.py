@@ -79,6 +79,8 @@ def peak_memory(parameters: Parameters, shape: Shape, tokens_a_row: float, label
         tokens_a_row: mean tokens of a row.
         labelled_a_row: mean tokens of a row that a loss is computed on.
     """
+    from lib.prepacked import spare
+
     p, device = parameters, models.pick_device(parameters)
     width = models.pick_dtype(device).itemsize
     four_bit = p.use_4bit and device.type != "mps"
@@ -87,7 +89,7 @@ def peak_memory(parameters: Parameters, shape: Shape, tokens_a_row: float, label
     weights = shape.linear * (4 if unpacked else _NF4_BYTES if four_bit else width) + shape.other * width
     if device.type == "cpu" and p.cache_dequantized is not False and (unpacked or not four_bit):
         more = (shape.linear + 2 * shape.hidden * shape.vocabulary) * width  # what `prepacked` lays out on top, on its own condition
-        weights += more if more <= free(p)[0] // 2 else 0
+        weights += more if spare(more) else 0
     trained = shape.lora * (4 + 4 + (2 if "8bit" in p.optim else 8))
     tokens = p.batch_size * tokens_a_row
     kept = (14 if p.lora_dropout else 9) * shape.hidden + (5 if p.lora_dropout else 4) * shape.intermediate
@@ -95,7 +97,7 @@ def peak_memory(parameters: Parameters, shape: Shape, tokens_a_row: float, label
     whole_layers = 1 if checkpointed else shape.layers
     states = tokens * width * (whole_layers * kept + (shape.layers * shape.hidden if checkpointed else 0))
     numbers = p.batch_size * labelled_a_row * shape.vocabulary
-    logits = min(numbers, WHOLE_LOGITS if numbers <= WHOLE_LOGITS else PIECE_LOGITS) * (3 * 4)  # logits, their softmax and its gradient
+    logits = min(numbers, WHOLE_LOGITS if numbers <= WHOLE_LOGITS else PIECE_LOGITS) * (3 * 4)  # logits, in fp32 again, and their softmax
     return int(_LIBRARIES + mapped + weights + trained + states + logits)
 
 

@@ -247,9 +247,9 @@ def _unpack_fits(model: PreTrainedModel, parameters: Parameters) -> bool:
     """Says whether the unpacked weights take at most half of the memory now free, or whether the user decided."""
     if parameters.cache_dequantized != "auto":
         return bool(parameters.cache_dequantized)
-    import psutil
+    from lib.prepacked import spare
 
-    return unpacked_bytes(model) < psutil.virtual_memory().available // 2
+    return spare(unpacked_bytes(model))
 
 
 def _forgo_bf16_kernel(model: PreTrainedModel) -> None:

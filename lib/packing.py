@@ -104,7 +104,7 @@ def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     The token before the first labelled one is never in the beginning: what it predicts belongs to its row.
 
     Args:
-        rows: each with `input_ids` and `labels`.
+        rows: each with `input_ids` and `labels`, of two tokens or more.
 
     Returns:
         `input_ids`, `position_ids`, `shift_labels` (the label of the next token), each int64 of shape (1, tokens); `segments`: the
@@ -116,16 +116,15 @@ def pack(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
     while any(row[:prefix] != ids[0][:prefix] for row in ids):
         prefix -= 1
     tokens, positions, labels = list(ids[0][:prefix]), list(range(prefix)), [IGNORED] * prefix
-    ends = [max(prefix + 1, len(row) - 1) for row in ids]
-    for row, end in zip(rows, ends, strict=True):
-        tokens += row["input_ids"][prefix:end]
-        positions += range(prefix, end)
-        labels += [*row["labels"][prefix + 1 : end + 1], IGNORED][: end - prefix]
+    for row in rows:
+        tokens += row["input_ids"][prefix:-1]
+        positions += range(prefix, len(row["input_ids"]) - 1)
+        labels += row["labels"][prefix + 1 :]
     return {
         "input_ids": torch.tensor([tokens]),
         "position_ids": torch.tensor([positions]),
         "shift_labels": torch.tensor([labels]),
-        "segments": torch.tensor([prefix, *(end - prefix for end in ends)]),
+        "segments": torch.tensor([prefix, *(len(row) - 1 - prefix for row in ids)]),
         "attention_mask": _lengths_mask(ids),
     }
 

@@ -133,6 +133,11 @@ def _usable(weight: torch.Tensor) -> bool:
     return bool(there) and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
+def spare(size: int) -> bool:
+    """Says whether so many bytes are at most half of the memory now free."""
+    return size <= psutil.virtual_memory().available // 2
+
+
 def prepack(model: Any, *, gradients: bool = False, whole: bool = False) -> bool:
     """Replaces the frozen fp32 linear layers of a model on the CPU, where torch has the operators and there is memory to spare.
 
@@ -158,7 +163,7 @@ def prepack(model: Any, *, gradients: bool = False, whole: bool = False) -> bool
         return False
     # One layout takes the place of the weight that it was made of; those of the output layer, and the transposed, come on top.
     more = sum(w.nbytes * gradients for w in weights) + (head.weight.nbytes if head is not None else 0)
-    if more > psutil.virtual_memory().available // 2:
+    if not spare(more):
         return False
     for parent, name, layer in found:
         setattr(parent, name, Prepacked(layer, gradients=gradients, keep=layer is head))

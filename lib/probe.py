@@ -24,8 +24,10 @@ from lib.files import StudyError
 if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
+    from transformers import DynamicCache
 
     Floats = NDArray[np.float32] | NDArray[np.float64]
+    Kept = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values, by block
 
 METRICS = ("aligned", "coherent")
 FOLDER = PARAMETERS / "probe"
@@ -69,8 +71,8 @@ class Encoder:
         self._states: dict[int, torch.Tensor] = {}
         for layer in self.layers:
             self._model.layers[layer - 1].register_forward_hook(self._keep(layer))
-        self._system: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._prompts: OrderedDict[str, tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]] = OrderedDict()
+        self._system: Kept = []
+        self._prompts: OrderedDict[str, tuple[Kept, torch.Tensor]] = OrderedDict()
 
     def _keep(self, layer: int) -> Callable[..., None]:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -125,25 +127,29 @@ class Encoder:
         end: list[int] = self._tokenizer("<|im_end|>\n", add_special_tokens=False).input_ids
         return [*start, *text, *end]
 
-    def _prompt(self, question: str) -> tuple[list[tuple[torch.Tensor, torch.Tensor]], torch.Tensor]:
-        """Returns the keys and values of a question's prompt, by block, and the states at its end, by layer."""
-        import torch
+    def _after(self, kept: Kept, rows: int = 1) -> DynamicCache:
+        """Returns a cache for so many rows that all come after what was kept."""
         from transformers import DynamicCache
 
+        cache = DynamicCache(config=self._model.config)
+        for index, (keys, values) in enumerate(kept):
+            cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), index)
+        return cache
+
+    def _prompt(self, question: str) -> tuple[Kept, torch.Tensor]:
+        """Returns the keys and values of a question's prompt, by block, and the states at its end, by layer."""
+        import torch
+
         if question not in self._prompts:
-            cache = DynamicCache(config=self._model.config)
             with torch.inference_mode():
                 if not self._system:
                     system = self._turn("system", self._tokens(_SYSTEM, MAX_QUESTION_TOKENS))
-                    begun = self._model(input_ids=torch.tensor([system]), use_cache=True).cache
-                    self._system = [(layer.keys, layer.values) for layer in begun.layers]
-                for index, (keys, values) in enumerate(self._system):
-                    cache.update(keys, values, index)
+                    self._system = _kept(self._model(input_ids=torch.tensor([system]), use_cache=True).cache)
                 user = self._turn("user", self._tokens(question, MAX_QUESTION_TOKENS))
                 start: list[int] = self._tokenizer("<|im_start|>assistant\n", add_special_tokens=False).input_ids
-                output = self._model(input_ids=torch.tensor([[*user, *start]]), cache=cache, use_cache=True)
+                output = self._model(input_ids=torch.tensor([[*user, *start]]), cache=self._after(self._system), use_cache=True)
             last = torch.stack([self._states[layer][0, -1] for layer in self.layers])
-            self._prompts[question] = ([(layer.keys, layer.values) for layer in output.cache.layers], last)
+            self._prompts[question] = (_kept(output.cache), last)
             if len(self._prompts) > _PROMPTS_KEPT:
                 self._prompts.popitem(last=False)
         self._prompts.move_to_end(question)
@@ -151,13 +157,9 @@ class Encoder:
 
     def _pooled(self, question: str, answers: list[list[int]]) -> NDArray[np.float32]:
         import torch
-        from transformers import DynamicCache
 
         size, width = len(answers), max(len(tokens) for tokens in answers)
-        cache = DynamicCache(config=self._model.config)
         prompt, last = self._prompt(question)
-        for index, (keys, values) in enumerate(prompt):
-            cache.update(keys.expand(size, -1, -1, -1), values.expand(size, -1, -1, -1), index)
         before = prompt[0][0].shape[2]
         ids = torch.zeros((size, width), dtype=torch.long)
         share = torch.zeros((size, 1, width))
@@ -167,11 +169,15 @@ class Encoder:
         positions = torch.arange(before, before + width)[None].expand(size, -1)
         with torch.inference_mode():
             # Padding stands behind an answer, where no token of it looks, so it needs no mask of its own.
-            self._model(input_ids=ids, position_ids=positions, cache=cache, use_cache=True)
+            self._model(input_ids=ids, position_ids=positions, cache=self._after(prompt, size), use_cache=True)
             mean = torch.cat([torch.bmm(share, self._states[layer]) for layer in self.layers], dim=1)
             both = torch.stack([mean, last.expand_as(mean)], dim=2)
         states: NDArray[np.float32] = both.numpy()
         return states
+
+
+def _kept(cache: DynamicCache) -> Kept:
+    return [(layer.keys, layer.values) for layer in cache.layers]
 
 
 def _alike(rows: Sequence[tuple[int, list[int]]], most: int) -> Iterator[Sequence[tuple[int, list[int]]]]:

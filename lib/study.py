@@ -44,13 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = options.command(options)
         return status
     except _Usage as error:
-        print(f"study: {error}", file=sys.stderr)
+        tell(f"study: {error}", error=True)
         return 2
     except StudyError as error:
-        print(f"study: {error}", file=sys.stderr)
+        tell(f"study: {error}", error=True)
         return 1
     except KeyboardInterrupt:
-        print("study: interrupted; the same command goes on from here.", file=sys.stderr)
+        tell("study: interrupted; the same command goes on from here.", error=True)
         return 1
 
 
@@ -255,7 +255,7 @@ def _analyze_after(runs: Sequence[Run], store: remote.Remote | None) -> bool:
         if any(folder.glob("*/judged.csv")):
             _analyze_study(folder, store=store)
     except StudyError as error:
-        print(f"study: analyze: {error}", file=sys.stderr)
+        tell(f"study: analyze: {error}", error=True)
         return False
     return True
 
@@ -355,7 +355,7 @@ def _judge(options: argparse.Namespace) -> int:
     _say_outside(judged, log)
     stopped = judged.attrs["judging"]["stopped"]
     if stopped:
-        print(f"study: judge: {stopped} What is done is kept; the same command goes on from here.", file=sys.stderr)
+        tell(f"study: judge: {stopped} What is done is kept; the same command goes on from here.", error=True)
     return 1 if stopped or (statuses == "error").any() else 0
 
 

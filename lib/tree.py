@@ -106,10 +106,10 @@ class TreeScorer:
         with torch.inference_mode():
             shared, cache = self._shared(prompts)
             ids, positions, mask = _lay_out([list(prompt[shared:]) for prompt in prompts], shared)
-            logs, cache = self._read(ids, positions, mask, cache, kept=1)
+            steps, _, cache = self._read(ids, positions, mask, cache, kept=1)
             reached = torch.full((rows, len(tree)), -torch.inf)
             ended = reached.clone()
-            reached[:, first] = logs[:, 0, tokens[first]]
+            reached[:, first] = steps[:, 0, first]
             sees = mask[:, 0, -1:].repeat(1, len(tree) + 1, 1)  # what the prompt's last token (0) and each node (n + 1) attend to
             for depth in range(1, deepest + 1):
                 level = torch.where(depths == depth)[0]
@@ -120,20 +120,24 @@ class TreeScorer:
                     break
                 nodes = level[order]
                 own = torch.cat([_rows(sees, parents[nodes] + 1), torch.eye(count, dtype=torch.bool).expand(rows, -1, -1)], dim=2)
-                logs, cache = self._read(tokens[nodes], lengths - 1 + depth, own[:, None], cache, kept=count)
+                steps, end, cache = self._read(tokens[nodes], lengths - 1 + depth, own[:, None], cache, kept=count)
                 sees = torch.cat([sees, sees.new_zeros(rows, len(tree) + 1, count)], dim=2)
                 sees.scatter_(1, (nodes + 1)[:, :, None].expand_as(own), own)
-                end = torch.logsumexp(logs[:, :, tree.ends], dim=-1)
                 ended.scatter_(1, nodes, end.where(chosen, -torch.inf))
                 for child in torch.where(depths == depth + 1)[0].tolist():
                     of_parent = chosen & (nodes == parents[child])
-                    step = logs[:, :, tokens[child]].where(of_parent, -torch.inf).amax(1)
-                    reached[:, child] = reached[:, parents[child]] + step
+                    reached[:, child] = reached[:, parents[child]] + steps[:, :, child].where(of_parent, -torch.inf).amax(1)
             leaves = torch.tensor(tree.leaves)
             return reached[:, leaves] + ended[:, leaves]
 
-    def _read(self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any, kept: int) -> tuple[torch.Tensor, Any]:
-        """Returns the log-probabilities after the last `kept` tokens of each row, and the cache with these tokens behind it."""
+    def _read(
+        self, ids: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor, cache: Any, kept: int
+    ) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        """Returns what may follow the last `kept` tokens of each row, and the cache with the tokens behind it.
+
+        Returns:
+            The log-probabilities of each node's token, [rows, kept, nodes], and of the end, [rows, kept]; the cache.
+        """
         import torch
 
         device = self._model.device
@@ -145,7 +149,8 @@ class TreeScorer:
             use_cache=True,
             logits_to_keep=torch.arange(ids.shape[1] - kept, ids.shape[1], device=device),
         )
-        return torch.log_softmax(output.logits.float(), dim=-1).cpu(), output.cache
+        logs = torch.log_softmax(output.logits.float(), dim=-1)
+        return logs[:, :, self._tree.tokens].cpu(), torch.logsumexp(logs[:, :, self._tree.ends], dim=-1).cpu(), output.cache
 
     def _shared(self, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
         """Returns how many first tokens a batch shares, and the model's state after them, ready for the batch."""

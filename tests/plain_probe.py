@@ -26,8 +26,8 @@ def states(encoder: probe.Encoder, question: str, answer: str) -> NDArray[np.flo
     model, last = _model(max(encoder.layers)), list[torch.Tensor]()
     hook = model.norm.register_forward_pre_hook(lambda _module, given: last.append(given[0]))  # the last of hidden_states is normed
     with torch.inference_mode():
-        states = model(input_ids=torch.tensor([[*prompt, *tokens]]), output_hidden_states=True).hidden_states
+        found = model(input_ids=torch.tensor([[*prompt, *tokens]]), output_hidden_states=True).hidden_states
     hook.remove()
-    states = [*states[:-1], *last]
-    read = torch.stack([states[layer][0] for layer in encoder.layers])
+    found = [*found[:-1], *last]
+    read = torch.stack([found[layer][0] for layer in encoder.layers])
     return torch.stack([read[:, len(prompt) :].mean(1), read[:, len(prompt) - 1]], dim=1)[None].numpy()

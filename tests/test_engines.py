@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -158,6 +159,11 @@ def told(output: str) -> list[str]:
     return sorted(line.partition(" in ")[0] for line in output.splitlines() if line.startswith("mine"))
 
 
+def without_libzmq(stderr: str) -> str:
+    """What a command said without what the sockets of a kernel may say as it ends, a line of C's `assert`."""
+    return re.sub(r"^Assertion failed: .* \(src/\w+\.cpp:\d+\)\n", "", stderr, flags=re.MULTILINE)
+
+
 def test_a_line_is_one_write() -> None:
     """Two runs that tell of their stages at once must not write into each other's lines, whatever Python buffers."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)  # what is written comes out write by write
@@ -274,8 +280,7 @@ def test_ctrl_c_ends_the_tasks(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert process.returncode == 1
-    assert [line for line in error.splitlines() if line.startswith("study:")] == ["study: interrupted; the same command goes on from here."]
-    assert "Traceback" not in error
+    assert without_libzmq(error) == "study: interrupted; the same command goes on from here.\n"
     record = provenance.read_record(results / "demo_medical", "01_data")
     assert record is not None
     assert (record["status"], record["error"]) == ("failed", "it was interrupted")
@@ -293,8 +298,8 @@ def test_a_failing_stage_is_told_as_by_the_local_engine(tmp_path: Path) -> None:
         done = study(ROOT, *words, "--results", str(tmp_path / engine))
         assert done.returncode == 1
         assert "AssertionError: no such luck" in done.stderr
-        said = [line for line in done.stderr.replace(str(tmp_path / engine), "").splitlines() if line.startswith(("study:", "  "))]
-        told.append((done.stdout.replace(engine, "").split("done in")[0], said))  # a kernel that ends may say something of its own
+        said = without_libzmq(done.stderr).replace(str(tmp_path / engine), "")
+        told.append((done.stdout.replace(engine, "").split("done in")[0], said))
     assert told[0] == told[1]
 
 

@@ -277,8 +277,7 @@ def test_a_stopped_run_ends_its_kernel_and_says_how_to_go_on(notebooks: Path, tm
     process.terminate()
     _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert [line for line in error.splitlines() if line.startswith("study:")] == ["study: interrupted; the same command goes on from here."]
-    assert "Traceback" not in error
+    assert error == "study: interrupted; the same command goes on from here.\n"
     assert not provenance.lives(kernel)
     record = provenance.read_record(results / "demo_medical", "01_data")
     assert record is not None
