@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import html
 import json
+import logging
 import re
 import tempfile
 from collections.abc import Mapping
@@ -239,6 +240,9 @@ def pngs(figures: Mapping[str, go.Figure], *, scale: float = 2) -> dict[str, byt
 
     if not figures:
         return {}
+    # As Chrome ends, its driver may log that it could not read the wrapper's good-bye, with a traceback, into the notebook. What
+    # keeps a figure from being drawn comes back as an error here. Set after the import: its loggers are of a class of its own.
+    logging.getLogger("choreographer").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory() as scratch:
         paths = {name: Path(scratch) / f"{position}.png" for position, name in enumerate(figures)}
         jobs = []

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from fcntl import ioctl
 from pathlib import Path
+from struct import unpack
+from termios import FIONREAD
 
 import numpy as np
 import pandas as pd
@@ -283,6 +289,24 @@ def test_without_chrome_html_only_and_one_message(
     assert [p.name for p in written] == ["x.html"]
     assert not stale.exists()
     assert capsys.readouterr().out.count("Chrome") >= 1
+
+
+def test_good_bye_of_a_chrome_leaves_no_traceback(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The wrapper's last word may come in one piece with Chrome's, which the driver cannot read and says so."""
+    from choreographer.channels.pipe import Pipe
+
+    theme.write(tmp_path, {"x": drawing.empty("nothing")})
+    pipe = Pipe()
+    pipe.open()
+    os.write(pipe.from_external_to_choreo, b'{"id": 1}\0{bye}\n')
+    with ThreadPoolExecutor(1) as pool:
+        reading = pool.submit(pipe.read_jsons)
+        while unpack("i", ioctl(pipe.from_external_to_choreo, FIONREAD, bytes(4)))[0]:
+            time.sleep(0.01)
+        # All is read, and the reader waits for the end of the second message.
+        pipe.close()
+        assert reading.result()[0] == [{"id": 1}]
+    assert not caplog.records
 
 
 def test_figures_of_two_judges_are_never_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
