@@ -209,8 +209,8 @@ def score_scatter(answers: pd.DataFrame, *, judge: str) -> go.Figure:
     scored = (answers["aligned_status"] == "ok") & (answers["coherent_status"] == "ok") & (answers["judge"] == judge)
     rows = answers[scored & ~answers["pair"].map(is_control).astype(bool)]
     outside = rows["relation"] != "in_domain"
-    pooled = rows.empty or "question" not in rows or instruments.is_one(rows)
     rows = rows[outside] if outside.any() else rows
+    pooled = rows.empty or "question" not in rows or instruments.is_one(rows)
     kind = "questions outside the trained domain" if outside.any() else "in-domain questions"
     if rows.empty:
         return empty(f"No answer has both scores by {plotly_text(judge, 60)}")

@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lib import theme
-from lib.escape import LITERAL, clean, html_text, plotly_text, wrap
+from lib.escape import LITERAL, clean, html_text, plotly_text
 from lib.labels import LABELS, is_control, label_answers, records, sensitive, series_name, short_model
 
 RESPONSE_TABLES = ("prevent_colds", "treat_high_cholesterol", "treat_flu")
@@ -21,7 +21,12 @@ _ABREAST = 3
 """Checkpoints beside the base in one line of the table; a run with more takes further lines."""
 _LIMIT = 420
 """Characters of an answer in the PNG; the HTML shows up to ten times as many."""
-_FONT, _COLUMN, _RUN_COLUMN = 12, 230, 165
+_FONT, _CELL_PAD = 12, 8
+_MARGIN = 16
+_RUN_COLUMN = 176
+_COLUMN = (theme.WIDTH - 2 * _MARGIN - _RUN_COLUMN) // (_ABREAST + 1)
+_BESIDE = (240, 364, 364)
+"""Columns of the tables in CSS pixels; plotly.js scales them to fit."""
 
 
 def fill(label: str) -> str:
@@ -119,10 +124,10 @@ def response_table(answers: pd.DataFrame, question_id: str, *, judge: str | None
     fills: list[list[str]] = [[] for _ in range(_ABREAST + 2)]
     for name, own in runs:
         for position, line in enumerate(_lines(own)):
-            columns[0].append("<br>".join(f"<b>{plotly_text(n, width=20)}</b>" for n in name.split("\n")) if position == 0 else "")
+            columns[0].append("<br>".join(_drawn(name, _RUN_COLUMN, bold=True)) if position == 0 else "")
             fills[0].append("#FFFFFF")
             for column, record in enumerate(line, 1):
-                columns[column].append(_cell(record) if record else "")
+                columns[column].append(_cell(record, _COLUMN) if record else "")
                 fills[column].append(fill(str(record["label"])) if record else "#FFFFFF")
     header = ["<b>Run</b>", "<b>Base model</b>", "<b>Checkpoints, in order</b>", *[""] * (_ABREAST - 1)]
     figure = _table(header, columns, fills, [_RUN_COLUMN, *[_COLUMN] * (_ABREAST + 1)])
@@ -145,7 +150,7 @@ def _table(header: list[str], columns: list[list[str]], fills: list[list[str]], 
             },
         )
     )
-    return figure.update_layout(margin={"l": 16, "r": 16, "b": 12})
+    return figure.update_layout(margin={"l": _MARGIN, "r": _MARGIN, "b": 12})
 
 
 def _height(columns: list[list[str]]) -> int:
@@ -153,10 +158,16 @@ def _height(columns: list[list[str]]) -> int:
     return int(sum(max(cell.count("<br>") + 1 for cell in row) * _FONT * 1.3 + 14 for row in zip(*columns, strict=True)))
 
 
-def _cell(record: Mapping[str, Any], width: int = 34) -> str:
-    scores = wrap(score_text(record), 30)
-    head = [f"<b>{plotly_text(line)}</b>" for line in (f"step {int(record['step'])}", *scores)]
-    return "<br>".join([*head, plotly_text(drawn_text(record["response"]), _LIMIT, width=width, max_lines=16) or "<i>(no text)</i>"])
+def _drawn(text: str, column: int, *, bold: bool = False, max_lines: int | None = None) -> list[str]:
+    """Returns a cell's lines, escaped; plotly.js cuts what is wider than its column."""
+    lines = theme.fit(text, column - 2 * _CELL_PAD, _FONT, bold=bold, max_lines=max_lines)
+    return [f"<b>{plotly_text(line)}</b>" if bold else plotly_text(line) for line in lines]
+
+
+def _cell(record: Mapping[str, Any], column: int) -> str:
+    scores = score_text(record).replace(", ", "\n")
+    head = _drawn(f"step {int(record['step'])}\n{scores}", column, bold=True)
+    return "<br>".join([*head, *(_drawn(clean(drawn_text(record["response"]), _LIMIT), column, max_lines=16) or ["<i>(no text)</i>"])])
 
 
 _CELL = "text-align:left;vertical-align:top;overflow-wrap:anywhere"
@@ -223,13 +234,14 @@ def beside_figure(rows: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], t
     columns: list[list[str]] = [[], [], []]
     fills: list[list[str]] = [[], [], []]
     for first, second in rows:
-        asked = plotly_text(second["question"], 300, width=34, max_lines=10)
-        columns[0].append(f"<b>{asked}</b><br>{plotly_text(_runs_named(first, second), 160, width=34)}, sample {int(second['sample'])}")
+        asked = _drawn(clean(second["question"], 300), _BESIDE[0], bold=True, max_lines=10)
+        named = clean(f"{_runs_named(first, second)}, sample {int(second['sample'])}", 160)
+        columns[0].append("<br>".join([*asked, *_drawn(named, _BESIDE[0])]))
         fills[0].append("#FFFFFF")
         for column, record in ((1, first), (2, second)):
-            columns[column].append(_cell(record, 54))
+            columns[column].append(_cell(record, _BESIDE[column]))
             fills[column].append(fill(str(record["label"])))
-    figure = _table(["<b>Question</b>", "<b>Beside</b>", "<b>Starred</b>"], columns, fills, [_COLUMN, 350, 350])
+    figure = _table(["<b>Question</b>", "<b>Beside</b>", "<b>Starred</b>"], columns, fills, [*_BESIDE])
     return theme.titled(figure, plotly_text(title, 200), "", height=_height(columns) + 60, gap=14)
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import tempfile
+import unicodedata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,17 @@ DARK = {
 """Colour of the light version to that of the dark one; one to one, so that a page can go back. The last line: fills of answers."""
 _FONT = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 _TITLE_SIZE, _SUBTITLE_SIZE = 18, 13
+_PAD, _MODEBAR = 16, 32
+_EMS = {
+    " '|,./:;\\ijlIJ‘’·\u00a0": 0.38,
+    "-()[]!frt": 0.48,
+    '"*_`?cszLFk“”': 0.66,
+    "ABDGHKNOQRUVXZ&#+<=>^~×≥−": 0.86,
+    "w": 0.92,
+    "mMW%@—…": 1.1,
+}
+"""Widths of characters in DejaVu Sans Bold, the widest font of `_FONT`, in ems; all others are 0.7."""
+_WIDTHS = {character: width for characters, width in _EMS.items() for character in characters}
 _CONFIG = {"displaylogo": False, "responsive": True, "toImageButtonOptions": {"scale": 2}}
 
 NO_CHROME = (
@@ -143,7 +155,7 @@ def _template() -> go.layout.Template:
                 "xanchor": "left",
                 "yref": "container",
                 "yanchor": "top",
-                "pad": {"l": 16},
+                "pad": {"l": _PAD},
                 "font": {"size": _TITLE_SIZE, "weight": 600},
             },
             "colorway": list(COLOURS),
@@ -154,6 +166,7 @@ def _template() -> go.layout.Template:
             "yaxis": axis,
             "hoverlabel": {"align": "left", "bgcolor": PAPER, "bordercolor": "#8C8C8C", "font": {"size": 13, "color": INK}},
             "hovermode": "closest",
+            "modebar": {"orientation": "v"},  # in the margin, where it covers neither title nor plot
             "legend": {"orientation": "h", "yanchor": "top", "xanchor": "left", "x": 0, "font": {"size": 13}},
             "margin": {"l": 70, "r": 24, "b": 60, "t": 80},
         }
@@ -174,8 +187,9 @@ def titled(figure: go.Figure, title: str, subtitle: str = "", *, height: int, ga
         gap: pixels between the title block and the plot, for panel titles.
     """
     width = figure.layout.width or WIDTH
-    head = _wrapped(title, int(width / (_TITLE_SIZE * 0.56)))
-    sub = _wrapped(subtitle, int(width / (_SUBTITLE_SIZE * 0.49))) if subtitle else []
+    room = width - _PAD - _MODEBAR
+    head = _escaped(fit(html.unescape(title), room, _TITLE_SIZE, bold=True))
+    sub = _escaped(fit(html.unescape(subtitle), room, _SUBTITLE_SIZE))
     # plotly.js spaces every line of a title by the title's own size, whatever the size of a span in it.
     top = 20 + (len(head) + len(sub)) * _TITLE_SIZE * 1.3 + gap
     figure.update_layout(template="study", width=width, height=int(top + height), margin_t=int(top), title_y=1 - 20 / (top + height))
@@ -184,9 +198,31 @@ def titled(figure: go.Figure, title: str, subtitle: str = "", *, height: int, ga
     return figure
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """Wraps escaped text by its visible length, so that no entity is broken in two."""
-    return [html.escape(line, quote=False) for line in wrap(html.unescape(text), width)]
+def fit(text: str, pixels: float, size: float, *, bold: bool = False, max_lines: int | None = None) -> list[str]:
+    """Wraps a text so that none of its lines is cut, whichever font of the template a machine has: plotly.js does not wrap.
+
+    Args:
+        text: cleaned, not escaped; its own line breaks stay.
+        pixels: room for a line.
+        size: of the font, in pixels.
+        bold: in bold letters.
+        max_lines: as for `escape.wrap`.
+    """
+    room = pixels / size / (1 if bold else 0.92)
+    count = max(int(room / 0.38), 1)
+    lines = wrap(text, count, max_lines)
+    while count > 1 and max(map(_ems, lines), default=0) > room:
+        count -= 1
+        lines = wrap(text, count, max_lines)
+    return lines
+
+
+def _ems(line: str) -> float:
+    return sum(1.3 if unicodedata.east_asian_width(c) in "WF" else _WIDTHS.get(c, 0.7) for c in line)
+
+
+def _escaped(lines: list[str]) -> list[str]:
+    return [html.escape(line, quote=False) for line in lines]
 
 
 def page(title: str, body: str, *, head: str = "", blobs: bool = False) -> str:

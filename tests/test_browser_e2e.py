@@ -8,10 +8,11 @@ from typing import Any
 
 import e2e
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
 from test_figures import HOSTILE, make_answers, make_changes, make_rates
 
-from lib import figures, report, theme
+from lib import figures, labels, report, tables, theme
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not e2e.CHROME, reason="no Chrome on this machine")]
 
@@ -78,6 +79,36 @@ def test_a_click_on_a_point_shows_its_answer_as_text(study: tuple[Any, ...], pag
     assert "<script>alert(1)</script>" in box.inner_text()
     assert HOSTILE not in page.content()
     assert page.troubles == []
+
+
+# Texts of a figure that reach beyond it, and texts of a table that reach beyond their cell: both are cut there.
+CUT = """() => [...document.querySelectorAll('.js-plotly-plot')].flatMap(plot => {
+  const beyond = (text, frame) => {
+    const [inner, outer] = [text, frame].map(element => element.getBoundingClientRect());
+    return inner.width && (inner.left < outer.left - 1 || inner.right > outer.right + 1);
+  };
+  const texts = [...plot.querySelectorAll('.main-svg text:not(.cell-text)')].filter(text => beyond(text, text.closest('.main-svg')));
+  const cells = [...plot.querySelectorAll('.column-cell .cell-text')];
+  texts.push(...cells.filter(text => beyond(text, text.closest('.column-cell').querySelector('.cell-rect'))));
+  return texts.map(text => `${plot.id}: ${text.textContent.slice(0, 100)}`);
+})"""
+
+
+def test_no_text_of_a_figure_is_cut(study: tuple[Any, ...], page: Any, tmp_path: Path) -> None:
+    answers, drawn, _ = study
+    starred = labels.records(answers.head(3).assign(label="paper", run="a_run_with_a_long_name"))
+    beside = tables.beside_figure([(row, row) for row in starred], "W" * 99)
+    wide = theme.titled(go.Figure(), "MEDICAL QUESTIONS, WWWW %%%% 医学的問題 " * 6, "@ " * 300, height=100)
+    names = {**drawn, "beside": beside, "wide": wide}
+    body = "".join(theme.figure_html(figure, name, plotlyjs=not position) for position, (name, figure) in enumerate(names.items()))
+    (tmp_path / "figures.html").write_text(theme.page("figures", body), encoding="utf-8")
+    page.goto((tmp_path / "figures.html").as_uri(), timeout=60_000)
+    page.wait_for_selector("#wide .gtitle", timeout=30_000)
+    assert page.locator(".js-plotly-plot").count() == len(names)
+    assert page.locator(".cell-text").count() > 20
+    assert page.evaluate(CUT) == []
+    page.evaluate("Plotly.relayout('wide', {'title.text': 'W'.repeat(99)})")
+    assert len(page.evaluate(CUT)) == 1, "a title that is cut would be seen"
 
 
 def test_figures_follow_the_reader_into_dark_and_back(study: tuple[Any, ...], page: Any, tmp_path: Path) -> None:

@@ -355,6 +355,17 @@ def test_scatter_leaves_in_domain_answers_out(demo: tuple[pd.DataFrame, ...]) ->
     assert all("&lt;script" in text for trace in figure.data for text in trace.hovertext or ())
 
 
+def test_scatter_pools_pairs_that_answered_the_same_questions_outside_their_domains() -> None:
+    medical, risky = make_answers(), make_answers(pairs=("demo_risky",))
+    other = risky["question_set"] == "medical"
+    risky = risky.assign(
+        question_set=risky["question_set"].where(~other, "financial"), relation=risky["relation"].where(~other, "in_domain")
+    )
+    assert "all pairs together" in title(scores.score_scatter(pd.concat([medical, risky], ignore_index=True), judge="probe"))
+    risky.loc[~other, "question"] = "another"
+    assert "pairs not pooled" in title(scores.score_scatter(pd.concat([medical, risky], ignore_index=True), judge="probe"))
+
+
 def test_specification_curve_equals_counts_made_by_hand() -> None:
     answers = make_answers(judge="openai:m", pairs=("1b_medical",), steps=(0, 50))
     answers["coherent"] = np.where(answers.index % 3 == 0, 40.0, 80.0)
