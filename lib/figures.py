@@ -24,7 +24,7 @@ from lib.findings import UNDECIDED, between_domains, decidable, finding, measure
 from lib.labels import UNDECIDABLE, domain_name, interval, is_control, records, sentence, series_name, short_model
 from lib.tables import RESPONSE_TABLES, response_html, response_table
 
-_NUMBERS = 150
+_NUMBERS = 156
 """Pixels of the column of numbers right of a forest plot."""
 PUBLISHED = "Published, for comparison: other model, questions or judge"
 _BARS = (
@@ -243,6 +243,7 @@ def _add_forest(figure: go.Figure, shown: pd.DataFrame, row: int, column: int) -
                 "line": {"width": 2, "color": colours},
             },
             error_x=error_bars(last, theme.GREY, thickness=1.6, width=4),
+            cliponaxis=False,  # a point at 100% is drawn whole
             hovertext=[hover(r) for r in records(last)],
             hoverinfo="text",
         ),
@@ -252,7 +253,7 @@ def _add_forest(figure: go.Figure, shown: pd.DataFrame, row: int, column: int) -
     axis = figure.get_subplot(row, column)
     for record in records(last):
         figure.add_annotation(
-            x=1.02,
+            x=1.04,
             y=record["label"],
             xref=f"{axis_reference(axis.xaxis)} domain",
             yref=axis_reference(axis.yaxis),
