@@ -24,7 +24,7 @@ from lib.findings import UNDECIDED, between_domains, decidable, finding, measure
 from lib.labels import UNDECIDABLE, domain_name, interval, is_control, records, sentence, series_name, short_model
 from lib.tables import RESPONSE_TABLES, response_html, response_table
 
-_NUMBERS = 156
+_NUMBERS = 168
 """Pixels of the column of numbers right of a forest plot."""
 PUBLISHED = "Published, for comparison: other model, questions or judge"
 _BARS = (
@@ -253,7 +253,8 @@ def _add_forest(figure: go.Figure, shown: pd.DataFrame, row: int, column: int) -
     axis = figure.get_subplot(row, column)
     for record in records(last):
         figure.add_annotation(
-            x=1.04,
+            x=1,
+            xshift=8,
             y=record["label"],
             xref=f"{axis_reference(axis.xaxis)} domain",
             yref=axis_reference(axis.yaxis),

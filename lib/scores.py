@@ -65,7 +65,7 @@ def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
     if rows.empty:
         return empty("No model here tells its size in its name, so nothing is drawn against size")
     rows, columns, figure = _panelled(rows)
-    domains = list(dict.fromkeys(rows["domain"]))
+    arms = sorted({*zip(rows["domain"], rows["control"], strict=True)})
     symbols = dict(zip(dict.fromkeys(rows["family"]), itertools.cycle(("circle", "diamond", "square", "triangle-up")), strict=False))
     for column, panel in enumerate(columns, 1):
         part = rows[rows["panel"] == panel]
@@ -74,8 +74,8 @@ def scaling_analysis(rates: pd.DataFrame, *, judge: str) -> go.Figure:
             colour = colour_of(str(domain))
             figure.add_trace(
                 go.Scatter(
-                    # Domains stand side by side, so that no error bar hides another.
-                    x=own["size"] * 1.05 ** (domains.index(domain) - (len(domains) - 1) / 2),
+                    # Arms stand side by side, so that no error bar hides another.
+                    x=own["size"] * 1.05 ** (arms.index((domain, control)) - (len(arms) - 1) / 2),
                     y=own["rate"],
                     mode="markers" if control else "lines+markers",
                     name=plotly_text(
