@@ -172,8 +172,8 @@ def probe(repeats: int, count: int = 1000) -> Iterator[dict[str, Any]]:
     yield from versus(f"judging with the probe, {count:,} answers", "answers/s", repeats, ours, peers)
 
 
-def local_judge(repeats: int, count: int = 200) -> Iterator[dict[str, Any]]:
-    """`hf:` judge: the exact probability of all 103 replies, beside `generate` of one token a row."""
+def local_judge(repeats: int, count: int = 1000) -> Iterator[dict[str, Any]]:
+    """`hf:` judge: the probability of every reply that can matter, beside `generate` of one token a row."""
     import pandas as pd
 
     from lib import judge, models, rubrics
