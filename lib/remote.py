@@ -96,7 +96,11 @@ class Remote:
         return sorted(tops - config.NO_RUNS - {".study"})
 
     def _relative(self, path: str) -> str:
-        return path[len(self._root) :].lstrip("/")
+        """Returns a path below the URL. An object store's names are free, so one could lead out of the copy."""
+        below = path[len(self._root) :].lstrip("/")
+        if ".." in Path(below).parts:
+            raise StudyError(f"--results {self._url}: holds the name {below[:80]!r}, which leads out of its folder; take it away there.")
+        return below
 
     def _sync(self, name: str, how: Callable[[str, dict[str, Any]], None]) -> None:
         book_path = self.folder / ".synced" / (name or "data") / _BOOK

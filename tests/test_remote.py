@@ -93,6 +93,18 @@ def test_unsent_work_stays_unless_another_machine_went_on(machine: Any, url: str
     assert (other.folder / "run" / "a").read_text() == "unsent"
 
 
+@pytest.mark.parametrize("name", ["run/../../../evil", "../evil"])
+def test_a_name_that_leads_out_of_the_copy_is_refused(machine: Any, name: str, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.store[f"/store/results/{name}"] = memory.open("/store/results/run/a", "wb")
+    store = machine("first", "memory://store/results")
+    with pytest.raises(StudyError, match="leads out"):
+        store.pull_all()
+    memory.rm("/store", recursive=True)
+    memory.store.pop(f"/store/results/{name}", None)
+    assert not list(tmp_path.rglob("evil"))
+
+
 def test_a_block_pushes_now_and_then_and_at_its_end(machine: Any, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "PUSH_SECONDS", 0.05)
     store, other = machine("first", url), machine("second", url)
