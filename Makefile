@@ -50,7 +50,7 @@ check: $(SETUP)  ## ruff, mypy (strict on lib) and notebooks without outputs
 	@$(BIN)/mypy
 	@$(BIN)/nbstripout --verify notebooks/*.ipynb
 
-bench: $(SETUP)  ## benchmarks: coverage of the intervals, the judge, and speed beside what people use (an hour)
+bench: $(SETUP)  ## benchmarks: coverage of the intervals, the judge, and speed beside what people use (two hours)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]'
 	@$(BIN)/python benchmarks/coverage.py
 	@$(BIN)/python benchmarks/judge_concurrency.py

@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/throughput.py [--only train,generate] [--repeats 3] [--output results/benchmarks/throughput.json]
 
 Every figure is the median over the repeats, with the smallest and largest beside it. A peer that would need an hour gets a stated part of
-the work. trl is in the extra `bench`; `make bench` installs it. The whole takes about three quarters of an hour on two cores; leave the
-machine alone meanwhile.
+the work. trl is in the extra `bench`; `make bench` installs it. The whole takes an hour and a quarter on two cores; leave the machine
+alone meanwhile.
 """
 
 from __future__ import annotations
