@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import hashlib
 import json
 import os
@@ -50,13 +51,14 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
+        _sweep(path)
     except OSError as error:
         raise StudyError(
             f"{shown(path)}: cannot be written ({error.strerror}); free space or make the folder writable, then run again."
@@ -65,6 +67,21 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
         if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
     return path
+
+
+def _sweep(path: Path) -> None:
+    """Removes what processes that were killed as they wrote `path` left beside it."""
+    beginning = f".{path.name}."
+    for left in path.parent.glob(f"{glob.escape(beginning)}*-*"):
+        pid = left.name.removeprefix(beginning).partition("-")[0]
+        if pid.isdecimal():
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                with contextlib.suppress(OSError):
+                    left.unlink()
+            except (PermissionError, OverflowError):
+                continue
 
 
 def write_text(path: str | Path, content: str) -> Path:

@@ -76,3 +76,13 @@ def test_a_dead_process_holds_no_lock(tmp_path) -> None:
         holder.send_signal(signal.SIGKILL)
     with files.lock(held, wait=False):
         pass
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path) -> None:
+    killed = subprocess.Popen([sys.executable, "-c", ""])
+    killed.wait()
+    for name in (f".a.csv.{killed.pid}-x", f".a.csv.{os.getpid()}-x", f".a.csv.{os.getppid()}-x", ".a.csv.x1", f".b.csv.{killed.pid}-x"):
+        (tmp_path / name).write_text("half")
+    files.write_text(tmp_path / "a.csv", "whole")
+    left = {".a.csv.x1", f".a.csv.{os.getpid()}-x", f".a.csv.{os.getppid()}-x", f".b.csv.{killed.pid}-x", "a.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == left
