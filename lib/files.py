@@ -11,6 +11,7 @@ import glob
 import hashlib
 import json
 import os
+import platform
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,7 +52,7 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.{os.getpid()}-")
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f"{_beginning(path)}{os.getpid()}-")
         with os.fdopen(descriptor, "wb") as stream:
             stream.write(content)
             stream.flush()
@@ -69,9 +70,14 @@ def write_bytes(path: str | Path, content: bytes) -> Path:
     return path
 
 
+def _beginning(path: Path) -> str:
+    """How temporary names of this machine for `path` begin; another machine's processes have numbers of their own."""
+    return f".{path.name}.{platform.node()}-"
+
+
 def _sweep(path: Path) -> None:
-    """Removes what processes that were killed as they wrote `path` left beside it."""
-    beginning = f".{path.name}."
+    """Removes what processes of this machine that were killed as they wrote `path` left beside it."""
+    beginning = _beginning(path)
     for left in path.parent.glob(f"{glob.escape(beginning)}*-*"):
         pid = left.name.removeprefix(beginning).partition("-")[0]
         if pid.isdecimal():

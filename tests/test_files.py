@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -81,8 +82,10 @@ def test_a_dead_process_holds_no_lock(tmp_path) -> None:
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path) -> None:
     killed = subprocess.Popen([sys.executable, "-c", ""])
     killed.wait()
-    for name in (f".a.csv.{killed.pid}-x", f".a.csv.{os.getpid()}-x", f".a.csv.{os.getppid()}-x", ".a.csv.x1", f".b.csv.{killed.pid}-x"):
+    here = platform.node()
+    dead, mine = f".a.csv.{here}-{killed.pid}-x", f".a.csv.{here}-{os.getpid()}-x"
+    others = {mine, f".a.csv.{here}-{os.getppid()}-x", f".a.csv.not-{here}-{killed.pid}-x", ".a.csv.x1", f".b.csv.{here}-{killed.pid}-x"}
+    for name in (dead, *others):
         (tmp_path / name).write_text("half")
     files.write_text(tmp_path / "a.csv", "whole")
-    left = {".a.csv.x1", f".a.csv.{os.getpid()}-x", f".a.csv.{os.getppid()}-x", f".b.csv.{killed.pid}-x", "a.csv"}
-    assert {path.name for path in tmp_path.iterdir()} == left
+    assert {path.name for path in tmp_path.iterdir()} == {*others, "a.csv"}
