@@ -43,16 +43,15 @@ def html_text(text: object, limit: int | None = None) -> str:
     return html.escape(clean(text, limit), quote=True)
 
 
-def plotly_text(text: object, limit: int | None = None, *, width: int | None = None, max_lines: int | None = None) -> str:
+def plotly_text(text: object, limit: int | None = None, *, width: int | None = None) -> str:
     """Returns `text` cleaned and escaped for Plotly, which would render tags, entities and `$…$` in any text it draws.
 
     Args:
         text: anything.
         limit: characters kept, as in `clean`.
         width: characters a line; wrapped lines are joined by `<br>`. None leaves one line.
-        max_lines: lines kept when wrapping; a cut is marked by an ellipsis.
     """
-    lines = wrap(clean(text, limit), width, max_lines) if width else [_SPACES.sub(" ", clean(text, limit)).strip(" ")]
+    lines = wrap(clean(text, limit), width) if width else [_SPACES.sub(" ", clean(text, limit)).strip(" ")]
     return "<br>".join(_plotly_line(line) for line in lines)
 
 

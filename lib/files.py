@@ -79,15 +79,12 @@ def _sweep(path: Path) -> None:
     """Removes what processes of this machine that were killed as they wrote `path` left beside it."""
     beginning = _beginning(path)
     for left in path.parent.glob(f"{glob.escape(beginning)}*-*"):
+        import psutil
+
         pid = left.name.removeprefix(beginning).partition("-")[0]
-        if pid.isdecimal():
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                with contextlib.suppress(OSError):
-                    left.unlink()
-            except (PermissionError, OverflowError):
-                continue
+        with contextlib.suppress(OSError, OverflowError):
+            if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+                left.unlink()
 
 
 def write_text(path: str | Path, content: str) -> Path:

@@ -22,9 +22,8 @@ _ABREAST = 3
 _LIMIT = 420
 """Characters of an answer in the PNG; the HTML shows up to ten times as many."""
 _FONT, _CELL_PAD = 12, 8
-_MARGIN = 16
 _RUN_COLUMN = 176
-_COLUMN = (theme.WIDTH - 2 * _MARGIN - _RUN_COLUMN) // (_ABREAST + 1)
+_COLUMN = (theme.WIDTH - 2 * theme.PAD - _RUN_COLUMN) // (_ABREAST + 1)
 _BESIDE = (240, 364, 364)
 """Columns of the tables in CSS pixels; plotly.js scales them to fit."""
 
@@ -150,7 +149,7 @@ def _table(header: list[str], columns: list[list[str]], fills: list[list[str]], 
             },
         )
     )
-    return figure.update_layout(margin={"l": _MARGIN, "r": _MARGIN, "b": 12})
+    return figure.update_layout(margin={"l": theme.PAD, "r": theme.PAD, "b": 12})
 
 
 def _height(columns: list[list[str]]) -> int:

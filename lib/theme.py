@@ -48,7 +48,7 @@ DARK = {
 """Colour of the light version to that of the dark one; one to one, so that a page can go back. The last line: fills of answers."""
 _FONT = "Inter, 'Helvetica Neue', Arial, 'Liberation Sans', 'DejaVu Sans', sans-serif"
 _TITLE_SIZE, _SUBTITLE_SIZE = 18, 13
-_PAD, _MODEBAR = 16, 32
+PAD, _MODEBAR = 16, 32
 _EMS = {
     " '|,./:;\\ijlIJ‘’·\u00a0": 0.38,
     "-()[]!frt": 0.48,
@@ -155,7 +155,7 @@ def _template() -> go.layout.Template:
                 "xanchor": "left",
                 "yref": "container",
                 "yanchor": "top",
-                "pad": {"l": _PAD},
+                "pad": {"l": PAD},
                 "font": {"size": _TITLE_SIZE, "weight": 600},
             },
             "colorway": list(COLOURS),
@@ -187,7 +187,7 @@ def titled(figure: go.Figure, title: str, subtitle: str = "", *, height: int, ga
         gap: pixels between the title block and the plot, for panel titles.
     """
     width = figure.layout.width or WIDTH
-    room = width - _PAD - _MODEBAR
+    room = width - PAD - _MODEBAR
     head = _escaped(fit(html.unescape(title), room, _TITLE_SIZE, bold=True))
     sub = _escaped(fit(html.unescape(subtitle), room, _SUBTITLE_SIZE))
     # plotly.js spaces every line of a title by the title's own size, whatever the size of a span in it.
@@ -209,11 +209,11 @@ def fit(text: str, pixels: float, size: float, *, bold: bool = False, max_lines:
         max_lines: as for `escape.wrap`.
     """
     room = pixels / size / (1 if bold else 0.92)
-    count = max(int(room / 0.38), 1)
-    lines = wrap(text, count, max_lines)
-    while count > 1 and max(map(_ems, lines), default=0) > room:
-        count -= 1
+    lines: list[str] = []
+    for count in range(max(int(room / 0.38), 1), 0, -1):
         lines = wrap(text, count, max_lines)
+        if max(map(_ems, lines), default=0) <= room:
+            break
     return lines
 
 
