@@ -33,6 +33,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 needs_shared = pytest.mark.skipif(not JUDGED.is_dir(), reason="../shared is not beside this clone")
 
+
+@pytest.fixture(scope="module", autouse=True)
+def _environment_as_found() -> Iterator[None]:
+    """Undoes what the code under test set for its process (`os.environ.setdefault`), so that no file of tests depends on another."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
 # A Llama-3 style template of our own: it writes BOS itself, a system block with a date, and <|eot_id|> after every turn.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
