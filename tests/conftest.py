@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import local_llama
 import pytest
@@ -37,10 +38,8 @@ needs_shared = pytest.mark.skipif(not JUDGED.is_dir(), reason="../shared is not 
 @pytest.fixture(scope="module", autouse=True)
 def _environment_as_found() -> Iterator[None]:
     """Undoes what the code under test set for its process (`os.environ.setdefault`), so that no file of tests depends on another."""
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
+    with mock.patch.dict(os.environ):
+        yield
 
 
 # A Llama-3 style template of our own: it writes BOS itself, a system block with a date, and <|eot_id|> after every turn.
